@@ -1,0 +1,111 @@
+"""The joint vocabulary: which ids are text, which are image codes, which are tags. No other file holds a literal id."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from medim.errors import UserError
+
+Kind = Literal["text", "image"]
+KINDS: tuple[Kind, ...] = ("text", "image")  # the index of a kind is what `Canvas.kind` stores
+
+
+@dataclass(frozen=True)
+class Modality:
+    """Settings of an image modality; adding one is adding a row to `MODALITIES`."""
+
+    gray: bool
+
+
+MODALITIES: dict[str, Modality] = {
+    "xray": Modality(gray=True),
+    "pathology": Modality(gray=False),
+    "ct": Modality(gray=True),
+    "mri": Modality(gray=True),
+}
+_STRUCTURE = ("mask", "begin_image", "end_image", "report", "prompt")
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Ranges of the joint vocabulary of V ids. A range is (start, stop), stop excluded.
+
+    Attributes:
+        text: ids of the text tokenizer, at their own places, ``eos`` among them.
+        image: ids of the K codes of the VQ codebook; code k has id ``image[0] + k``.
+        eos: end of text; also fills a report's slot.
+        tags: id of each structural and modality tag, ``"mask"`` among them. Tags are never noised.
+    """
+
+    text: tuple[int, int]
+    image: tuple[int, int]
+    eos: int
+    tags: dict[str, int]
+
+    @classmethod
+    def build(cls, text_size: int, eos: int, codebook_size: int, rows: int = 0) -> Vocabulary:
+        """Append codes and tags to the `text_size` ids of a text tokenizer (or after `rows` rows of its backbone)."""
+        first = max(text_size, rows)
+        names = (*_STRUCTURE, *MODALITIES)
+        start = first + codebook_size
+        return cls((0, text_size), (first, start), eos, {name: start + i for i, name in enumerate(names)})
+
+    @property
+    def size(self) -> int:
+        """V: one more than the largest id."""
+        return max(self.text[1], self.image[1], *(i + 1 for i in self.tags.values()))
+
+    @property
+    def mask(self) -> int:
+        """The id of [MASK]."""
+        return self.tags["mask"]
+
+    def columns(self, kind: Kind) -> tuple[int, int]:
+        """The range of ids that a position of this kind can hold."""
+        return self.text if kind == "text" else self.image
+
+    def modality_tag(self, modality: str) -> int:
+        """The id of a modality's tag.
+
+        Raises:
+            UserError: the vocabulary does not know the modality.
+        """
+        if modality not in MODALITIES or modality not in self.tags:
+            known = ", ".join(name for name in MODALITIES if name in self.tags)
+            raise UserError(f"unknown modality {modality!r}: this vocabulary has {known}")
+        return self.tags[modality]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data, the inverse of `from_dict`."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Vocabulary:
+        """Read what `to_dict` wrote.
+
+        Raises:
+            UserError: a field is missing or unknown.
+        """
+        try:
+            text, image = (tuple(data[key]) for key in ("text", "image"))
+            vocabulary = cls((text[0], text[1]), (image[0], image[1]), data["eos"], dict(data["tags"]))
+        except (KeyError, IndexError, TypeError) as error:
+            raise UserError(f"not a vocabulary: {error!r} is missing or malformed in {sorted(data)}") from error
+        return vocabulary
+
+    def check(self, text_size: int, eos: int, codebook_size: int, where: str) -> None:
+        """Assert that a pair of tokenizers belongs to this vocabulary.
+
+        Raises:
+            UserError: sizes differ, with both numbers and the folder.
+        """
+        wanted = (self.text[1], self.eos, self.image[1] - self.image[0])
+        found = (text_size, eos, codebook_size)
+        if wanted != found:
+            names = ("text tokens", "end-of-text id", "image codes")
+            said = "; ".join(
+                f"{n}: vocabulary {w}, tokenizer {f}" for n, w, f in zip(names, wanted, found, strict=True) if w != f
+            )
+            raise UserError(f"{where}: the checkpoint's vocabulary differs from its tokenizers ({said}); "
+                            "restore the tokenizer folders that this checkpoint was saved with")
