@@ -107,5 +107,7 @@ class Vocabulary:
             said = "; ".join(
                 f"{n}: vocabulary {w}, tokenizer {f}" for n, w, f in zip(names, wanted, found, strict=True) if w != f
             )
-            raise UserError(f"{where}: the checkpoint's vocabulary differs from its tokenizers ({said}); "
-                            "restore the tokenizer folders that this checkpoint was saved with")
+            raise UserError(
+                f"{where}: the checkpoint's vocabulary differs from its tokenizers ({said}); "
+                "restore the tokenizer folders that this checkpoint was saved with"
+            )

@@ -237,7 +237,7 @@ def _opacity(rng: np.random.Generator, box: _Box, zone: int) -> Plane:
     cx = box.left + rng.uniform(0.40, 0.60) * box.width
     ry, rx = rng.uniform(0.055, 0.075), rng.uniform(0.06, 0.085)
     blotch = 1 + 0.25 * ndimage.gaussian_filter(rng.normal(0, 1, (SIZE, SIZE)), 2.5) * 6
-    return rng.uniform(80, 100) * np.exp(-(((y - cy) / ry) ** 2 + ((x - cx) / rx) ** 2) ** 1.5) * blotch
+    return rng.uniform(80, 100) * np.exp(-((((y - cy) / ry) ** 2 + ((x - cx) / rx) ** 2) ** 1.5)) * blotch
 
 
 def _mediastinum(
@@ -266,7 +266,11 @@ _HEART_WORDS = {
     "marked": ("The heart is markedly enlarged.", "Marked cardiomegaly.", "Markedly enlarged heart."),
 }
 _PRESENT = ("{finding}.", "There is a {lower}.")
-_OPACITY = ("{Side} {zone} zone opacity.", "Opacity in the {side} {zone} zone.", "Focal opacity in the {side} {zone} zone.")
+_OPACITY = (
+    "{Side} {zone} zone opacity.",
+    "Opacity in the {side} {zone} zone.",
+    "Focal opacity in the {side} {zone} zone.",
+)
 _CLEAR = ("The lungs are clear.", "No focal opacity.", "Lungs are clear.")
 _NO_EFFUSION = ("No pleural effusion.", "No effusion.")
 _NO_PNEUMOTHORAX = ("No pneumothorax.",)

@@ -1,0 +1,27 @@
+"""The embedded studies: synthetic chest X-rays and tiles of a real slide, both endless and with fixed splits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from medim.data import pathology, phantom
+from medim.data.studies import Study
+
+DOMAINS = {"xray": phantom.study, "pathology": pathology.study}
+PARSERS = {"xray": phantom.parse, "pathology": pathology.parse}
+XRAYS_IN_TEN = 7  # the X-ray's findings have sides and zones: it needs more of the studies
+
+
+def domain_of(index: int) -> str:
+    """Which domain the `index`-th study of the mixture has."""
+    return "xray" if index % 10 < XRAYS_IN_TEN else "pathology"
+
+
+def study(seed: int, index: int, split: str = "train") -> Study:
+    """The `index`-th study of the mixture, a pure function of its arguments."""
+    return DOMAINS[domain_of(index)](seed, index, split)
+
+
+def studies(count: int, split: str = "train", seed: int = 0, start: int = 0) -> Iterator[Study]:
+    """Studies `start` to `start + count` of the mixture."""
+    return (study(seed, index, split) for index in range(start, start + count))

@@ -1,0 +1,186 @@
+"""Masked (absorbing-state) discrete diffusion: schedule, corruption, loss weight, likelihood bound.
+
+Pure functions; noise and time are arguments. Sources: MDLM (Sahoo et al. 2024, arXiv 2406.07524), MD4 (Shi et al. 2024,
+arXiv 2406.04329), MaskGIT (Chang et al. 2022, arXiv 2202.04200).
+Shape letters: B batch, L canvas length, N selected rows, V joint vocabulary, C columns of a group.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+Weighting = Literal["mdlm", "flat"]
+ScheduleName = Literal["linear", "cosine"]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """alpha(t): the probability that a position is still clean at noise level t; alpha(0)=1, alpha(1)=0.
+
+    ``linear``: alpha = 1 - t (MDLM's log-linear schedule); ``cosine``: alpha = 1 - sin(pi t / 2) (MaskGIT's: few
+    positions are revealed first).
+
+    Example:
+        >>> Schedule("linear").alpha(torch.tensor([0.0, 0.25, 1.0]))
+        tensor([1.0000, 0.7500, 0.0000])
+    """
+
+    name: ScheduleName = "linear"
+
+    def alpha(self, t: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """The clean probability, same shape as `t`."""
+        return 1 - t if self.name == "linear" else 1 - torch.sin(t * (math.pi / 2))
+
+    def derivative(self, t: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """alpha'(t), negative."""
+        return -torch.ones_like(t) if self.name == "linear" else -(math.pi / 2) * torch.cos(t * (math.pi / 2))
+
+    def inverse(self, alpha: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """The noise level at which a share `alpha` is clean."""
+        return 1 - alpha if self.name == "linear" else torch.asin(1 - alpha) * (2 / math.pi)
+
+    def weight(self, t: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """-alpha'(t) / (1 - alpha(t)): the weight of a masked position's cross-entropy (MDLM eq. 10); 1/t if linear."""
+        return -self.derivative(t) / (1 - self.alpha(t))
+
+
+LINEAR = Schedule("linear")
+
+
+def corrupt(
+    x0: Int[Tensor, "B L"],
+    t: Float[Tensor, "B L"],
+    generate: Bool[Tensor, "B L"],
+    *,
+    mask_id: int,
+    noise: Float[Tensor, "B L"],
+    schedule: Schedule = LINEAR,
+) -> tuple[Int[Tensor, "B L"], Bool[Tensor, "B L"]]:
+    """Mask each position of `generate` with probability 1 - alpha(t): sample q(x_t | x_0) (MDLM eq. 3).
+
+    Args:
+        noise: uniform numbers in [0, 1); the mask is a pure function of them.
+
+    Returns:
+        The corrupted ids and where they are masked. At t=0 nothing is masked, at t=1 all of `generate` is.
+    """
+    masked = generate & (noise < 1 - schedule.alpha(t))
+    return torch.where(masked, mask_id, x0), masked
+
+
+@runtime_checkable
+class Denoiser(Protocol):
+    """Anything that predicts clean ids: logits of p(x_0 | x_t) at every position."""
+
+    def __call__(self, ids: Int[Tensor, "B L"], t: Float[Tensor, "B L"]) -> Float[Tensor, "B L V"]: ...
+
+
+@dataclass(frozen=True)
+class Group:
+    """Positions that share their possible values: `rows` index the flattened [B*L], columns are start..stop of V."""
+
+    rows: Int[Tensor, "N"]
+    start: int
+    stop: int
+
+
+def groups_of(denoiser: Denoiser, generate: Bool[Tensor, "B L"], vocabulary_size: int | None = None) -> list[Group]:
+    """The groups of the positions in `generate`: a denoiser's own (`denoiser.groups`), else one over all columns."""
+    own = getattr(denoiser, "groups", None)
+    if own is not None:
+        return own(generate)
+    return [Group(generate.flatten().nonzero().squeeze(1), 0, vocabulary_size or -1)]
+
+
+def predict(
+    denoiser: Denoiser, ids: Int[Tensor, "B L"], t: Float[Tensor, "B L"], groups: Sequence[Group], *, mask_id: int
+) -> list[Float[Tensor, "N C"]]:
+    """Log-probabilities of each group's rows over its columns; [MASK] is never predicted (MDLM's zero masking).
+
+    A denoiser with a method ``restricted(ids, t, groups)`` computes just these; any other is asked for all logits.
+    """
+    own = getattr(denoiser, "restricted", None)
+    if own is not None:
+        return [torch.log_softmax(part.float(), dim=-1) for part in own(ids, t, groups)]
+    logits = denoiser(ids, t)
+    if mask_id < logits.shape[-1]:
+        logits = logits.index_fill(-1, torch.tensor([mask_id], device=logits.device), -torch.inf)
+    flat = logits.flatten(0, 1)
+    parts = (flat[g.rows][:, g.start : flat.shape[1] if g.stop < 0 else g.stop] for g in groups)
+    return [torch.log_softmax(part, dim=-1) for part in parts]
+
+
+def token_nll(
+    denoiser: Denoiser,
+    ids: Int[Tensor, "B L"],
+    t: Float[Tensor, "B L"],
+    x0: Int[Tensor, "B L"],
+    groups: Sequence[Group],
+    *,
+    mask_id: int,
+) -> Float[Tensor, "B L"]:
+    """-log p(x_0 | x_t) in nats at the rows of `groups`, zero elsewhere."""
+    nll = torch.zeros(ids.numel(), device=ids.device)
+    target = x0.flatten()
+    for group, log_p in zip(groups, predict(denoiser, ids, t, groups, mask_id=mask_id), strict=True):
+        picked = log_p.gather(1, (target[group.rows] - group.start).unsqueeze(1)).squeeze(1)
+        nll = nll.index_copy(0, group.rows, -picked.to(nll.dtype))
+    return nll.view(ids.shape)
+
+
+@torch.no_grad()
+def nelbo_tokens(
+    denoiser: Denoiser,
+    x0: Int[Tensor, "B L"],
+    generate: Bool[Tensor, "B L"],
+    *,
+    mask_id: int,
+    n_times: int,
+    generator: torch.Generator,
+    schedule: Schedule = LINEAR,
+) -> Float[Tensor, "T B L"]:
+    """The bound of `nelbo` by position and by each of T=`n_times` noise levels; its mean over T is an estimate.
+
+    All generated positions share one t (only that path bounds the joint), stratified over `n_times` strata.
+    """
+    batch, length = x0.shape
+    groups = groups_of(denoiser, generate)
+    device = generator.device
+    terms = []
+    for stratum in range(n_times):
+        u = (stratum + torch.rand(batch, 1, generator=generator, device=device)) / n_times
+        t = u.clamp(min=1e-6).to(x0.device)  # the weight has a pole at t=0, where nothing is masked
+        noise = torch.rand(batch, length, generator=generator, device=device).to(x0.device)
+        level = torch.where(generate, t, 0.0)
+        xt, masked = corrupt(x0, level, generate, mask_id=mask_id, noise=noise, schedule=schedule)
+        nll = token_nll(denoiser, xt, level, x0, groups, mask_id=mask_id)
+        terms.append(torch.where(masked, nll * schedule.weight(t), 0.0))
+    return torch.stack(terms)
+
+
+def nelbo(
+    denoiser: Denoiser,
+    x0: Int[Tensor, "B L"],
+    generate: Bool[Tensor, "B L"],
+    *,
+    mask_id: int,
+    n_times: int = 32,
+    generator: torch.Generator,
+    schedule: Schedule = LINEAR,
+) -> Float[Tensor, "B"]:
+    """An upper bound of -log p(x_0[generate] | x_0[~generate]) in nats, unbiased.
+
+    NELBO = E_t [ -alpha'(t)/(1-alpha(t)) * sum over masked i of -log p(x_0^i | x_t) ]  (MDLM eq. 10, t ~ U(0, 1)).
+    With the exact posterior as the denoiser it equals the negative log likelihood, for any order of unmasking.
+    """
+    terms = nelbo_tokens(
+        denoiser, x0, generate, mask_id=mask_id, n_times=n_times, generator=generator, schedule=schedule
+    )
+    return terms.mean(0).sum(1)

@@ -1,0 +1,121 @@
+"""Do an image and a text speak of the same findings? Precision, recall and F1 between two lists of findings.
+
+What is read from the generated side is `predicted`, what it is held against `reference`; a finding is a name that is
+True or False of a study. Shape letters: N studies, F findings, R resamples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from numpy import ndarray
+
+Findings = Sequence[Mapping[str, bool]]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Figures in [0, 1]; NaN where undefined (nothing predicted, nothing present, neither).
+
+    Attributes:
+        support: how often the reference holds a finding.
+    """
+
+    precision: float
+    recall: float
+    f1: float
+    support: int
+
+
+def per_finding(predicted: Findings, reference: Findings) -> dict[str, Score]:
+    """The score of each finding over all studies, in the order of the first study's names.
+
+    Raises:
+        ValueError: no studies, lists of different lengths, or studies with different names.
+    """
+    guess, truth = _matrices(predicted, reference)
+    columns = zip(*(c.sum(0).tolist() for c in _counts(guess, truth)), strict=True)
+    return {name: _score(*column) for name, column in zip(reference[0], columns, strict=True)}
+
+
+def micro(predicted: Findings, reference: Findings) -> Score:
+    """All findings of all studies in one count: a frequent finding weighs more."""
+    tp, fp, fn = (int(c.sum()) for c in _counts(*_matrices(predicted, reference)))
+    return _score(tp, fp, fn)
+
+
+def macro(predicted: Findings, reference: Findings) -> Score:
+    """The mean over findings, each as heavy as the next; a finding where a figure is undefined is left out of it."""
+    scores = list(per_finding(predicted, reference).values())
+    means = [_mean([getattr(s, what) for s in scores]) for what in ("precision", "recall", "f1")]
+    return Score(*means, support=sum(s.support for s in scores))
+
+
+def shuffled_floor(predicted: Findings, reference: Findings) -> float:
+    """Micro-F1 that chance pairing reaches: the mean over all N - 1 cyclic shifts of one list against the other.
+
+    No study meets its own partner in any shift and each meets every other one once. NaN for a single study.
+    """
+    guess, truth = _matrices(predicted, reference)
+    shifts = [_f1(_totals(np.roll(guess, k, axis=0), truth)) for k in range(1, len(truth))]
+    return _mean([float(f1) for f1 in shifts])
+
+
+def bootstrap_interval(
+    predicted: Findings, reference: Findings, *, seed: int = 0, resamples: int = 1000, level: float = 0.95
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the micro-F1 (Efron 1979), studies drawn with replacement."""
+    guess, truth = _matrices(predicted, reference)
+    counts = np.stack([c.sum(1) for c in _counts(guess, truth)], axis=1)  # [N, 3]
+    drawn = np.random.default_rng(seed).integers(len(truth), size=(resamples, len(truth)))
+    f1 = _f1(counts[drawn].sum(1))
+    if np.isnan(f1).all():
+        return float("nan"), float("nan")
+    low, high = np.nanquantile(f1, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def _matrices(predicted: Findings, reference: Findings) -> tuple[Bool[ndarray, "N F"], Bool[ndarray, "N F"]]:
+    if not reference or len(predicted) != len(reference):
+        raise ValueError(f"{len(predicted)} predictions and {len(reference)} references: give as many, one at least")
+    names = tuple(reference[0])
+    for row in (*predicted, *reference):
+        if row.keys() != reference[0].keys():
+            raise ValueError(f"findings {sorted(row)} differ from {sorted(names)}: name the same ones for each study")
+    guess, truth = (np.array([[row[n] for n in names] for row in rows], dtype=bool) for rows in (predicted, reference))
+    return guess, truth
+
+
+def _counts(
+    guess: Bool[ndarray, "N F"], truth: Bool[ndarray, "N F"]
+) -> tuple[Bool[ndarray, "N F"], Bool[ndarray, "N F"], Bool[ndarray, "N F"]]:
+    """Where a finding is truly found, invented and missed."""
+    return guess & truth, guess & ~truth, ~guess & truth
+
+
+def _totals(guess: Bool[ndarray, "N F"], truth: Bool[ndarray, "N F"]) -> Int[ndarray, "3"]:
+    return np.array([c.sum() for c in _counts(guess, truth)])
+
+
+def _f1(counts: Int[ndarray, "*R 3"]) -> Float[ndarray, "*R"]:
+    """2 tp / (2 tp + fp + fn) of the counts (tp, fp, fn) in the last axis."""
+    tp, fp, fn = np.moveaxis(counts, -1, 0)
+    whole = np.asarray(2 * tp + fp + fn)
+    return np.divide(2 * tp, whole, out=np.full(whole.shape, np.nan), where=whole > 0)
+
+
+def _score(tp: int, fp: int, fn: int) -> Score:
+    f1 = float(_f1(np.array([tp, fp, fn])))
+    return Score(_ratio(tp, tp + fp), _ratio(tp, tp + fn), f1, tp + fn)
+
+
+def _ratio(part: int, whole: int) -> float:
+    return part / whole if whole else float("nan")
+
+
+def _mean(values: Sequence[float]) -> float:
+    defined = [v for v in values if not np.isnan(v)]
+    return float(np.mean(defined)) if defined else float("nan")

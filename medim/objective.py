@@ -1,0 +1,164 @@
+"""Task mixture -> noise levels -> loss sums and counts, by modality and noise level.
+
+A task is nothing but the noise levels of segments. Levels and masks are a pure function of (seed, step, place in the
+global batch), so they do not depend on the number of processes and survive a resume.
+Shape letters: B batch, L canvas length, S segments, N supervised rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from medim.canvas import ROLES, Canvas
+from medim.config import options
+from medim.diffusion import Schedule, ScheduleName, Weighting
+from medim.model.head import restricted_cross_entropy
+from medim.model.medim import MeDiMModel
+from medim.vocabulary import KINDS
+
+T_BINS = 10
+Task = Literal["pair", "report", "image"]
+GIVEN: dict[Task, str | None] = {"pair": None, "report": "image", "image": "report"}  # the role that has t=0
+
+
+@options
+class ObjectiveOptions:
+    """What is learnt, and how it is weighed.
+
+    Attributes:
+        tasks: mixture weights; ``pair`` draws an independent noise level for each segment.
+        condition_dropout: probability that the given segment is wholly masked instead (trains guidance).
+        weighting: ``mdlm`` is the bound's -alpha'/(1-alpha), ``flat`` is MaskGIT's 1.
+        modality_weights: factor on the loss of text and of image positions.
+        min_t: the smallest noise level drawn: the bound's weight has a pole at t=0.
+    """
+
+    tasks: dict[Task, float] = field(default_factory=lambda: {"pair": 0.6, "report": 0.2, "image": 0.2})
+    condition_dropout: float = 0.1
+    schedule: ScheduleName = "linear"
+    weighting: Weighting = "flat"
+    modality_weights: dict[Literal["text", "image"], float] = field(default_factory=lambda: {"text": 1.0, "image": 1.0})
+    min_t: float = 1e-3
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's rows on one process: a corrupted canvas and what is to be restored."""
+
+    canvas: Canvas  # ids are corrupted
+    t: Float[Tensor, "B S"]
+    rows: tuple[Int[Tensor, "N"], ...]
+    targets: tuple[Int[Tensor, "N"], ...]
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
+        rows, targets = (tuple(v.to(device, non_blocking=True) for v in part) for part in (self.rows, self.targets))
+        return Batch(self.canvas.to(device), self.t.to(device, non_blocking=True), rows, targets)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Sums over supervised positions, to be divided by global counts by whoever knows all processes.
+
+    Attributes:
+        total: weighted sum of cross-entropies in nats, with gradient.
+        nats: unweighted cross-entropy sums by kind and noise-level bin, detached.
+        positions: how many positions each cell of `nats` holds.
+    """
+
+    total: Float[Tensor, ""]
+    nats: Float[Tensor, "K T"]
+    positions: Float[Tensor, "K T"]
+
+
+def noise_levels(
+    roles: Int[np.ndarray, "B S"], places: Sequence[int], batch_size: int, step: int, seed: int, o: ObjectiveOptions
+) -> tuple[Float[np.ndarray, "B S"], np.ndarray]:
+    """Noise levels t [B, S] of some places of a global batch, and which segments are supervised (bool [B, S]).
+
+    t is stratified over the global batch, for each segment by itself: over all places, segment s takes one value in
+    each of `batch_size` equal parts of [0, 1].
+    """
+    rng = np.random.default_rng([seed, 1, step])
+    names = list(o.tasks)
+    odds = np.array([o.tasks[name] for name in names], dtype=float)
+    tasks = rng.choice(len(names), size=batch_size, p=odds / odds.sum())
+    dropped = rng.random(batch_size) < o.condition_dropout
+    slots = roles.shape[1]
+    strata = np.stack([(rng.permutation(batch_size) + rng.random(batch_size)) / batch_size for _ in range(slots)], 1)
+    here = np.asarray(places)
+    t = o.min_t + (1 - o.min_t) * strata[here]
+    given = np.zeros_like(t, dtype=bool)
+    for number, name in enumerate(names):
+        role = GIVEN[name]
+        if role is not None:
+            given |= (tasks[here] == number)[:, None] & (roles == ROLES.index(role))
+    given &= ~(given | (roles < 0)).all(1, keepdims=True)  # nothing left to learn: then it is no condition
+    t = np.where(given, np.where(dropped[here][:, None], 1.0, 0.0), t)
+    return t.astype(np.float32), ~given & (roles >= 0)
+
+
+def make_batch(
+    canvas: Canvas, places: Sequence[int], batch_size: int, step: int, seed: int, o: ObjectiveOptions, mask_id: int
+) -> Batch:
+    """Noise the rows of `canvas`, which stand at `places` of the global batch of a step."""
+    roles = canvas.role.numpy()
+    t, supervised = noise_levels(roles, places, batch_size, step, seed, o)
+    length = canvas.ids.shape[1]
+    noise = np.stack([np.random.default_rng([seed, 2, step, place]).random(length) for place in places])
+    segment = canvas.segment.numpy()
+    at = np.clip(segment, 0, None)
+    level = np.where(segment >= 0, np.take_along_axis(t, at, 1), 0.0)
+    alpha = Schedule(o.schedule).alpha(torch.from_numpy(level)).numpy()
+    masked = (noise < 1 - alpha) & (segment >= 0)
+    scored = (masked & np.take_along_axis(supervised, at, 1)).ravel()
+    clean, kind = canvas.ids.numpy(), canvas.kind.numpy().ravel()
+    rows = tuple(np.flatnonzero(scored & (kind == number)) for number in range(len(KINDS)))
+    return Batch(
+        canvas=canvas.with_ids(torch.from_numpy(np.where(masked, mask_id, clean))),
+        t=torch.from_numpy(t),
+        rows=tuple(torch.from_numpy(r) for r in rows),
+        targets=tuple(torch.from_numpy(clean.ravel()[r]) for r in rows),
+    )
+
+
+def count(batch: Batch, o: ObjectiveOptions) -> float:
+    """Supervised positions of a batch, each counted with its modality's weight."""
+    return sum(o.modality_weights[kind] * len(rows) for kind, rows in zip(KINDS, batch.rows, strict=True))
+
+
+def loss(model: MeDiMModel, batch: Batch, o: ObjectiveOptions) -> Loss:
+    """Weighted cross-entropy at masked positions (MDLM eq. 10; MaskGIT's when weighting is flat).
+
+    The mean over the global batch is the sum of `Loss.total` over the sum of `count`, both over all processes.
+    """
+    canvas = batch.canvas
+    level = canvas.segment.clamp(min=0)
+    tagged = torch.cat([batch.t, torch.zeros_like(batch.t[:, :1])], dim=1)  # tags and padding are always given: t=0
+    level = torch.where(canvas.segment < 0, batch.t.shape[1], level)
+    hidden = model(canvas.ids, tagged, level, canvas.valid).flatten(0, 1)
+    t_flat = tagged.gather(1, level).flatten()
+    network = model.module if hasattr(model, "module") else model  # under DDP the wrapper runs, the inner one knows
+    schedule, weight = Schedule(o.schedule), network.output_weight
+    total = hidden.new_zeros((), dtype=torch.float32)
+    nats = torch.zeros(len(KINDS), T_BINS, device=hidden.device)
+    positions = torch.zeros_like(nats)
+    for number, kind in enumerate(KINDS):
+        rows, targets = batch.rows[number], batch.targets[number]
+        if not len(rows):
+            continue
+        nll = restricted_cross_entropy(hidden[rows], weight, targets, *network.vocabulary.columns(kind))
+        t = t_flat[rows]
+        scale = schedule.weight(t) if o.weighting == "mdlm" else torch.ones_like(t)
+        total = total + o.modality_weights[kind] * (scale * nll).sum()
+        cell = (t * T_BINS).long().clamp(max=T_BINS - 1)
+        nats[number].index_add_(0, cell, nll.detach())
+        positions[number].index_add_(0, cell, torch.ones_like(t))
+    return Loss(total, nats, positions)

@@ -1,0 +1,78 @@
+"""A training run from its config: everything a config can say, and how the parts it names are put together."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from medim.config import options
+from medim.data import embedded, prepare
+from medim.model.medim import MeDiMModel, ModelOptions
+from medim.objective import ObjectiveOptions
+from medim.pipeline import MeDiM, Sampling, save_folder
+from medim.tokenization.image import VQTokenizer
+from medim.tokenization.joint import JointTokenizer, SlotOptions
+from medim.tokenization.text import TextTokenizer
+from medim.training.loop import TrainOptions
+from medim.training.task import DiffusionTask
+
+
+@options
+class DataOptions:
+    """A prepared dataset; the embedded one is made on first use.
+
+    Attributes:
+        path: folder of `medim prepare`.
+        studies: when `path` is missing, so many embedded studies are encoded there; 0 says that it must exist.
+    """
+
+    path: str
+    studies: int = 0
+
+
+@options
+class TrainConfig:
+    """A run.
+
+    Attributes:
+        run_dir: holds the config, `metrics.jsonl`, checkpoints and the final model.
+        init: a model folder (or `demo`) to go on from, with its tokenizers; empty: a new model from `model`.
+        seed: of the weights, the data order, the noise levels and the masks.
+    """
+
+    run_dir: str
+    data: DataOptions
+    init: str = ""
+    seed: int = 0
+    text_tokenizer: str = "tokenizers/demo-bpe"
+    image_tokenizer: str = "tokenizers/demo-vq"
+    slot: SlotOptions = SlotOptions()
+    model: ModelOptions = ModelOptions()
+    objective: ObjectiveOptions = ObjectiveOptions()
+    train: TrainOptions = TrainOptions()
+
+
+def make_task(config: TrainConfig) -> DiffusionTask:
+    """Load or make everything that a config names.
+
+    Raises:
+        UserError: a tokenizer, a dataset or a checkpoint is missing, or they do not belong together.
+    """
+    torch.manual_seed(config.seed)
+    if config.init:
+        start = MeDiM.from_pretrained(config.init)
+        model, joint, sampling = start.model, start.joint, start.sampling
+    else:
+        text = TextTokenizer.from_pretrained(config.text_tokenizer)
+        joint = JointTokenizer.build(text, VQTokenizer.from_pretrained(config.image_tokenizer), config.slot)
+        model, sampling = MeDiMModel.from_options(config.model, joint.vocabulary), Sampling()
+    folder = Path(config.data.path)
+    if config.data.studies:
+        studies = embedded.studies(config.data.studies, seed=config.seed)
+        data = prepare.prepare(studies, joint.image, folder, total=config.data.studies)
+    else:
+        data = prepare.load(folder, joint.image)
+    write = partial(save_folder, joint=joint, sampling=sampling)
+    return DiffusionTask(model, joint, data, config.objective, config.train.batch_size, config.seed, write)

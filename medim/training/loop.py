@@ -1,0 +1,240 @@
+"""The loop: it knows steps, processes and checkpoints; the task it is given knows models, batches and losses."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.utils.data import DataLoader
+
+from medim.config import options
+from medim.errors import UserError
+from medim.objective import Batch, Loss
+from medim.training.report import Meter
+from medim.training.state import EMA, latest_checkpoint, load_checkpoint, prune, save_checkpoint, write_folder
+
+
+@options
+class TrainOptions:
+    """How long, how fast and how safely.
+
+    Attributes:
+        batch_size: rows of the global batch, over all processes and accumulation steps.
+        accumulate: parts that a process splits its share of the batch into.
+        decay_from: share of the steps after which the learning rate falls linearly to zero.
+        ema: decay of the averaged weights, which are what is shipped and evaluated.
+        precision: bf16 is autocast, weights and optimizer stay float32; auto takes it where the hardware multiplies in
+            bf16 (emulated, it is 60 times slower than fp32).
+        workers: loader processes; 0 makes batches in the main process.
+    """
+
+    steps: int = 1000
+    batch_size: int = 32
+    accumulate: int = 1
+    lr: float = 1e-3
+    warmup: int = 100
+    decay_from: float = 0.7
+    betas: tuple[float, float] = (0.9, 0.98)
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    ema: float = 0.997
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    compile: bool = False
+    gradient_checkpointing: bool = False
+    workers: int = 0
+    log_every: int = 1
+    checkpoint_every: int = 500
+    keep: int = 2
+    tensorboard: bool = False
+
+
+class Task(Protocol):
+    """What is trained."""
+
+    model: nn.Module
+
+    def batches(self, step: int, rank: int, world: int, parts: int) -> list[Batch]:
+        """This process's share of a step, in `parts`: a pure function of its arguments."""
+        ...
+
+    def count(self, batch: Batch) -> float:
+        """What the loss sum of a batch is divided by, summed over the global batch."""
+        ...
+
+    def loss(self, model: nn.Module, batch: Batch) -> Loss:
+        """Sums over a batch."""
+        ...
+
+    def save(self, folder: Path, model: nn.Module) -> None:
+        """Write a self-contained model folder."""
+        ...
+
+
+def learning_rate(step: int, o: TrainOptions) -> float:
+    """Linear warm-up to `lr`, constant, then linear decay to zero from `decay_from` of the steps on."""
+    start = o.decay_from * o.steps
+    falling = 1.0 if step < start else (o.steps - step) / max(1.0, o.steps - start)
+    return o.lr * min(1.0, (step + 1) / max(1, o.warmup)) * max(0.0, falling)
+
+
+def make_optimizer(model: nn.Module, o: TrainOptions) -> torch.optim.AdamW:
+    """AdamW; decay on matrices only."""
+    matrices = [p for p in model.parameters() if p.requires_grad and p.dim() >= 2]
+    others = [p for p in model.parameters() if p.requires_grad and p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": o.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, fused=True)
+
+
+@contextmanager
+def _stop_requests() -> Iterator[Callable[[], bool]]:
+    """SIGTERM and SIGUSR1 ask for a checkpoint and a clean end instead of killing."""
+    asked: list[int] = []
+    before = {s: signal.signal(s, lambda number, frame: asked.append(number)) for s in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Steps(torch.utils.data.Dataset[list[Batch]]):
+    def __init__(self, task: Task, rank: int, world: int, o: TrainOptions, first: int) -> None:
+        self.make, self.first, self.o = (lambda step: task.batches(step, rank, world, o.accumulate)), first, o
+
+    def __len__(self) -> int:
+        return self.o.steps - self.first
+
+    def __getitem__(self, index: int) -> list[Batch]:
+        return self.make(self.first + index)
+
+
+def train(task: Task, o: TrainOptions, run_dir: Path, resolved: str) -> Path:
+    """Train, or go on where the last complete checkpoint of `run_dir` ends; returns the final model folder.
+
+    Args:
+        resolved: the whole config as YAML; stored in every checkpoint and compared on resume.
+
+    Raises:
+        UserError: `run_dir` belongs to another config, or the loss is no longer a number.
+    """
+    final = run_dir / "final"
+    if (final / "config.json").is_file() and _same_config(run_dir, resolved):
+        print(
+            f"{run_dir}: already trained to the end; remove it or give another run_dir to train again", file=sys.stderr
+        )
+        return final
+    bf16 = o.precision == "bf16" or (o.precision == "auto" and _multiplies_bf16())
+    accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no")
+    world, rank, lead = accelerator.num_processes, accelerator.process_index, accelerator.is_main_process
+    if o.batch_size % (world * o.accumulate):
+        raise UserError(
+            f"train.batch_size={o.batch_size} cannot be shared evenly by {world} processes x {o.accumulate} parts"
+        )
+    run_dir.mkdir(parents=True, exist_ok=True)
+    found = latest_checkpoint(run_dir / "checkpoints")
+    if found is not None and not _same_config(run_dir, resolved):
+        raise UserError(
+            f"{run_dir}: holds a run with another config (see {run_dir / 'config.yaml'}); give another run_dir, or its config"
+        )
+    if o.gradient_checkpointing:
+        task.model.activation_checkpointing_enable()  # type: ignore[operator]
+    model, optimizer = accelerator.prepare(task.model, make_optimizer(task.model, o))
+    inner = accelerator.unwrap_model(model)
+    ema, first = EMA(inner, o.ema), 0
+    if found is not None:
+        first = int(load_checkpoint(found, inner, optimizer.optimizer, ema)["step"])
+    runner = torch.compile(model) if o.compile else model
+    meter = Meter(run_dir, first, o.steps, o.batch_size, enabled=lead, tensorboard=o.tensorboard)
+    if lead:
+        (run_dir / "config.yaml").write_text(resolved)
+        if found is not None:
+            print(f"resuming after step {first} from {found}", file=sys.stderr)
+
+    def save(step: int) -> None:
+        accelerator.wait_for_everyone()
+        if lead:
+            folder = run_dir / "checkpoints" / f"step-{step:08d}"
+            extra = {"config": resolved, "torch": torch.__version__, "batch_size": o.batch_size}
+            save_checkpoint(folder, step, lambda p: task.save(p, inner), inner, optimizer.optimizer, ema, extra)
+            prune(run_dir / "checkpoints", o.keep)
+        accelerator.wait_for_everyone()
+
+    loader = DataLoader(_Steps(task, rank, world, o, first), batch_size=None, num_workers=o.workers)
+    model.train()
+    stop = False
+    with _stop_requests() as asked:
+        for step, parts in enumerate(loader, start=first):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, o)
+            losses, norm = _update(accelerator, task, runner, optimizer, parts, o)
+            ema.update(inner, step + 1)
+            if (step + 1) % o.log_every == 0 or step + 1 == o.steps:
+                meter.log(step + 1, _reduced(accelerator, losses), norm, learning_rate(step, o))
+                stop = _any_process(accelerator, asked())
+            if (step + 1) % o.checkpoint_every == 0 or stop:
+                save(step + 1)
+            if stop:
+                meter.close()
+                print(
+                    f"stopped on request; saved after step {step + 1}, run the same command to go on", file=sys.stderr
+                )
+                raise SystemExit(0)
+    meter.close()
+    accelerator.wait_for_everyone()
+    if lead:
+        ema.copy_to(inner)
+        write_folder(final, lambda p: task.save(p, inner))
+    accelerator.wait_for_everyone()
+    return final
+
+
+def _update(
+    accelerator: Accelerator,
+    task: Task,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    parts: list[Batch],
+    o: TrainOptions,
+) -> tuple[list[Loss], torch.Tensor]:
+    """One optimizer step: sum over the global batch divided by the global count, whatever the number of parts."""
+    counts = torch.tensor(sum(task.count(part) for part in parts), device=accelerator.device)
+    total_count = accelerator.reduce(counts, "sum").clamp(min=1e-9)
+    losses = []
+    for number, part in enumerate(parts):
+        last = number + 1 == len(parts)
+        with nullcontext() if last else accelerator.no_sync(model), accelerator.autocast():
+            loss = task.loss(model, part.to(accelerator.device))
+        accelerator.backward(loss.total / total_count * accelerator.num_processes)  # DDP takes the mean of gradients
+        losses.append(Loss(loss.total.detach() / total_count, loss.nats, loss.positions))
+    norm = accelerator.clip_grad_norm_(model.parameters(), o.clip)
+    optimizer.step()
+    optimizer.zero_grad()
+    return losses, torch.as_tensor(norm)
+
+
+def _reduced(accelerator: Accelerator, losses: list[Loss]) -> Loss:
+    """The sum over parts and processes."""
+    sums = [torch.stack([getattr(loss, name) for loss in losses]).sum(0) for name in ("total", "nats", "positions")]
+    return Loss(*(accelerator.reduce(value, "sum") for value in sums))
+
+
+def _multiplies_bf16() -> bool:
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported()
+
+
+def _any_process(accelerator: Accelerator, flag: bool) -> bool:
+    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum") > 0)
+
+
+def _same_config(run_dir: Path, resolved: str) -> bool:
+    path = run_dir / "config.yaml"
+    return path.is_file() and path.read_text() == resolved

@@ -1,0 +1,45 @@
+"""The metric modules load and compute as `evaluate` users do it, without a network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+EVAL = Path(__file__).parents[2] / "eval" / "metrics"
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory: pytest.TempPathFactory):
+    """`evaluate.load` of a module of ours, with caches that vanish."""
+    evaluate = pytest.importorskip("evaluate")
+    cache = tmp_path_factory.mktemp("evaluate")
+
+    def load_one(name: str) -> Any:
+        return evaluate.load(str(EVAL / name), cache_dir=str(cache / "data"))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate.config, "HF_MODULES_CACHE", str(cache / "modules"))
+        patch.setattr(evaluate.config, "HF_EVALUATE_OFFLINE", True)
+        patch.syspath_prepend(str(cache / "modules"))
+        yield load_one
+
+
+def test_bleu(load):
+    scores = load("bleu").compute(predictions=["Clear lungs.", ""], references=["clear lungs.", "x"])
+    assert scores["bleu-1"] == pytest.approx(0.7165, abs=1e-4)  # exp(1 - 4/3): the empty one is counted
+
+
+def test_rouge_l(load):
+    scores = load("rouge_l").compute(predictions=["heart normal", ""], references=["heart normal", "x"])
+    assert scores == {"rouge_l": pytest.approx(0.5)}
+
+
+def test_coherence(load):
+    metric = load("coherence")
+    scores = metric.compute(predictions=[[], ["a", "b"]], references=[["b"], ["a", "b"]], findings=["a", "b"])
+    assert (scores["precision"], scores["recall"], scores["f1"]) == pytest.approx((1.0, 2 / 3, 0.8))
+    assert scores["floor"] == pytest.approx(0.4)  # only b of the second meets b of the first
+    with pytest.raises(ValueError, match="not among those given"):
+        metric.compute(predictions=[["z"]], references=[["a"]], findings=["a", "b"])
