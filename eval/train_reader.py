@@ -86,9 +86,7 @@ def main() -> None:
     for step in (bar := trange(steps, desc="reader", mininterval=1)):
         pick = torch.randint(len(drawn), (args.batch,), generator=rng)
         source = again if step % 2 else drawn
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = reader(augment(source[pick], rng))
-        loss = F.binary_cross_entropy_with_logits(logits.float(), labels[pick])
+        loss = F.binary_cross_entropy_with_logits(reader(augment(source[pick], rng)), labels[pick])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -247,8 +248,7 @@ def prepare(argv: Sequence[str]) -> int:
     from medim.tokenization.image import VQTokenizer
 
     tokenizer = VQTokenizer.from_pretrained(args.image_tokenizer or ASSETS / "demo" / "image_tokenizer")
-    studies = embedded.studies(args.studies, args.split, args.seed)
-    data = write(studies, tokenizer, args.out, total=args.studies)
+    data = write(partial(embedded.studies, args.studies, args.split, args.seed), tokenizer, args.out, total=args.studies)
     print(f"{len(data)} studies: {args.out}")
     return 0
 

@@ -54,8 +54,8 @@ class Batch:
 
     canvas: Canvas  # ids are corrupted
     t: Float[Tensor, "B S"]
-    rows: tuple[Int[Tensor, "N"], ...]
-    targets: tuple[Int[Tensor, "N"], ...]
+    rows: tuple[Int[Tensor, "_"], ...]  # by kind, N of each: supervised places of the flattened [B*L]
+    targets: tuple[Int[Tensor, "_"], ...]  # by kind: their clean ids
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""

@@ -14,6 +14,7 @@ import numpy as np
 import PIL.Image
 import torch
 from jaxtyping import Bool
+from safetensors import SafetensorError
 from torch import Tensor
 
 from medim.canvas import Canvas, Row, Segment, layout
@@ -21,7 +22,7 @@ from medim.data.studies import Image, Study
 from medim.diffusion import nelbo_tokens
 from medim.errors import UserError
 from medim.model.medim import MeDiMModel
-from medim.sampling import Cost, Plan, sample
+from medim.sampling import REVEALS, Cost, Plan, sample
 from medim.tokenization.joint import JointTokenizer
 from medim.vocabulary import KINDS, Kind
 
@@ -45,6 +46,8 @@ class Sampling:
         self, plan: str | None, steps: int | None, guidance: float | None, temperature: float | None
     ) -> Sampling:
         """The same with what a user asked for, on both segments."""
+        if plan is not None and plan not in REVEALS:
+            raise UserError(f"unknown plan {plan!r}: one of {', '.join(REVEALS)}")
         asked = {"name": plan, "steps": steps, "guidance": guidance, "temperature": temperature}
         changes: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
         try:
@@ -124,12 +127,12 @@ class MeDiM:
         """
         folder = resolve(name)
         joint = JointTokenizer.from_pretrained(folder)
-        model = MeDiMModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+        model = _load_network(folder)
         if model.vocabulary != joint.vocabulary:
             raise UserError(
                 f"{folder}: config.json and canvas.json disagree about the vocabulary; the folder was mixed up"
             )
-        slots = json.loads((folder / "report_slots.json").read_text())
+        slots = _read_json(folder / "report_slots.json")
         counts = {domain: {int(k): v for k, v in histogram.items()} for domain, histogram in slots.items()}
         return cls(model.to(device), joint, counts, _read_sampling(folder), str(name))
 
@@ -144,7 +147,7 @@ class MeDiM:
 
     def sample(
         self,
-        task: Task = "pair",
+        task: str = "pair",
         domain: str | None = None,
         n: int = 1,
         seed: int = 0,
@@ -256,6 +259,7 @@ class MeDiM:
                 mask_id=vocabulary.mask,
                 generator=generators,
                 condition=condition,
+                schedule=self.model.schedule,
                 cost=cost,
             )
         final = ids.cpu().numpy()
@@ -303,9 +307,14 @@ class MeDiM:
             canvas = canvas.to(self.model.device)
             generate = canvas.has_role(*roles)
             generator = torch.Generator(self.model.device).manual_seed(seed + first)
-            mask_id = self.joint.vocabulary.mask
             terms = nelbo_tokens(
-                self.model.denoiser(canvas), canvas.ids, generate, mask_id=mask_id, n_times=n_times, generator=generator
+                self.model.denoiser(canvas),
+                canvas.ids,
+                generate,
+                mask_id=self.joint.vocabulary.mask,
+                n_times=n_times,
+                generator=generator,
+                schedule=self.model.schedule,
             )
             results += [self._nll(s.id, terms[:, i], canvas.kind[i], generate[i]) for i, s in enumerate(part)]
         return results
@@ -350,9 +359,34 @@ def resolve(name: str | Path) -> Path:
     return folder
 
 
+def _load_network(folder: Path) -> MeDiMModel:
+    """The weights, all of them: `from_pretrained` alone would fill what is missing with random numbers."""
+    try:
+        model, said = MeDiMModel.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{folder}: weights cannot be loaded ({' '.join(str(error).split())[:200]})") from error
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if said[what]:
+            name = sorted(map(str, said[what]))[0]
+            raise UserError(f"{folder}: weights do not fit config.json: {len(said[what])} {what.split('_')[0]}, first {name}")
+    return model
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); the folder is damaged") from error
+
+
 def _read_sampling(folder: Path) -> Sampling:
     path = folder / "sampling.json"
     if not path.is_file():
         return Sampling()
-    data = json.loads(path.read_text())
-    return Sampling(Plan(**data["report"]), Plan(**data["image"]), data["order"])
+    data = _read_json(path)
+    try:
+        return Sampling(Plan(**data["report"]), Plan(**data["image"]), data["order"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: not sampling defaults ({error})") from error

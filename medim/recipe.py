@@ -9,6 +9,7 @@ import torch
 
 from medim.config import options
 from medim.data import embedded, prepare
+from medim.errors import UserError
 from medim.model.medim import MeDiMModel, ModelOptions
 from medim.objective import ObjectiveOptions
 from medim.pipeline import MeDiM, Sampling, save_folder
@@ -68,10 +69,15 @@ def make_task(config: TrainConfig) -> DiffusionTask:
         text = TextTokenizer.from_pretrained(config.text_tokenizer)
         joint = JointTokenizer.build(text, VQTokenizer.from_pretrained(config.image_tokenizer), config.slot)
         model, sampling = MeDiMModel.from_options(config.model, joint.vocabulary), Sampling()
+        model.config.schedule = config.objective.schedule
+    if model.config.schedule != config.objective.schedule:
+        raise UserError(
+            f"objective.schedule={config.objective.schedule}, but {config.init} was trained with {model.config.schedule}"
+        )
     folder = Path(config.data.path)
     if config.data.studies:
-        studies = embedded.studies(config.data.studies, seed=config.seed)
-        data = prepare.prepare(studies, joint.image, folder, total=config.data.studies)
+        source = partial(embedded.studies, config.data.studies, "train", config.seed)
+        data = prepare.prepare(source, joint.image, folder, total=config.data.studies)
     else:
         data = prepare.load(folder, joint.image)
     write = partial(save_folder, joint=joint, sampling=sampling)

@@ -66,7 +66,7 @@ def test_corrupt_takes_a_level_for_each_position() -> None:
     assert masked.tolist() == [[False, False, True, True]] and xt.tolist() == [[0, 0, 3, 3]]
 
 
-def check_bound(toy: Any, given: list[int], schedule: Schedule, repeats: int = 40, times: int = 32) -> None:
+def check_bound(toy: Any, given: list[int], schedule: Schedule) -> None:
     """`nelbo` of every state that agrees with `given` (mask_id: generated) against the enumerated -log p.
 
     A small t has a large weight and seldom masks anything, so that single estimates have a long tail: a state may be six
@@ -75,13 +75,14 @@ def check_bound(toy: Any, given: list[int], schedule: Schedule, repeats: int = 4
     pattern = torch.tensor(given)
     truth = -toy.conditional(pattern).log()
     states, truth = toy.states[truth.isfinite()], truth[truth.isfinite()]
+    repeats = 4096 // len(states)
     x0 = states.repeat_interleave(repeats, 0)
     generate = (pattern == toy.mask_id).expand(len(x0), -1)
-    found = nelbo(toy, x0, generate, mask_id=toy.mask_id, n_times=times, generator=seeded(3), schedule=schedule)
+    found = nelbo(toy, x0, generate, mask_id=toy.mask_id, n_times=32, generator=seeded(3), schedule=schedule)
     off = found.view(len(states), repeats) - truth.unsqueeze(1)
     assert float((off.mean(1) / off.std(1)).abs().max()) * math.sqrt(repeats) < 6
     error = float(off.std(1).square().mean().sqrt()) / math.sqrt(off.numel())
-    assert abs(float(off.mean())) < 4 * error and error < 0.02 * float(truth.mean())
+    assert abs(float(off.mean())) < 4 * error and error < 0.025 * float(truth.mean())
     for ids, t in toy.seen:
         assert torch.equal(ids[~generate], x0[~generate]) and not bool(t[~generate].any())
 

@@ -23,5 +23,5 @@ def study(seed: int, index: int, split: str = "train") -> Study:
 
 
 def studies(count: int, split: str = "train", seed: int = 0, start: int = 0) -> Iterator[Study]:
-    """Studies `start` to `start + count` of the mixture."""
-    return (study(seed, index, split) for index in range(start, start + count))
+    """The first `count` studies of the mixture, from number `start` on."""
+    return (study(seed, index, split) for index in range(start, count))

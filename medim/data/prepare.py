@@ -7,7 +7,7 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -42,9 +42,17 @@ def codebook_hash(tokenizer: VQTokenizer) -> str:
 
 
 def prepare(
-    studies: Iterable[Study], tokenizer: VQTokenizer, out: str | Path, *, total: int, shard_size: int = 5000
+    studies_from: Callable[[int], Iterable[Study]],
+    tokenizer: VQTokenizer,
+    out: str | Path,
+    *,
+    total: int,
+    shard_size: int = 5000,
 ) -> Dataset:
     """Encode every study's first image and write shards of `shard_size` studies under `out`.
+
+    Args:
+        studies_from: the studies from a number on, up to `total`; asked for the first shard that is not there.
 
     A shard is written aside and renamed, so a killed run leaves whole shards only and the next one goes on after them.
 
@@ -60,18 +68,19 @@ def prepare(
     else:
         card.write_text(json.dumps(tag) + "\n")
     disable_progress_bar()
-    remaining = iter(studies)
-    bar = tqdm(total=total, desc="encoding studies", unit="study", mininterval=1)
-    for number in itertools.count():
+    starts = range(0, total, shard_size)
+    missing = [n for n in range(len(starts)) if not (out / f"shard-{n:05d}").is_dir()]
+    if not missing:
+        return load(out)
+    remaining = iter(studies_from(starts[missing[0]]))
+    bar = tqdm(total=total, initial=starts[missing[0]], desc="encoding studies", unit="study", mininterval=1)
+    for number in range(missing[0], len(starts)):
         folder = out / f"shard-{number:05d}"
-        expected = min(shard_size, total - number * shard_size)
-        if expected <= 0:
-            break
-        part = itertools.islice(remaining, expected)
-        if folder.is_dir():
+        part = itertools.islice(remaining, min(shard_size, total - starts[number]))
+        if number in missing:
+            _write_shard(part, tokenizer, folder, bar)
+        else:
             bar.update(sum(1 for _ in part))
-            continue
-        _write_shard(part, tokenizer, folder, bar)
     bar.close()
     return load(out)
 

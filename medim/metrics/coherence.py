@@ -50,8 +50,8 @@ def micro(predicted: Findings, reference: Findings) -> Score:
 def macro(predicted: Findings, reference: Findings) -> Score:
     """The mean over findings, each as heavy as the next; a finding where a figure is undefined is left out of it."""
     scores = list(per_finding(predicted, reference).values())
-    means = [_mean([getattr(s, what) for s in scores]) for what in ("precision", "recall", "f1")]
-    return Score(*means, support=sum(s.support for s in scores))
+    precision, recall, f1 = (_mean([getattr(s, what) for s in scores]) for what in ("precision", "recall", "f1"))
+    return Score(precision, recall, f1, support=sum(s.support for s in scores))
 
 
 def shuffled_floor(predicted: Findings, reference: Findings) -> float:

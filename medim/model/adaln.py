@@ -48,7 +48,8 @@ class AdaLN(nn.Module):
     def attach(self, layer: nn.Module) -> None:
         """Hook a pre-norm decoder layer (Llama's names: input_layernorm, self_attn, post_attention_layernorm, mlp).
 
-        The layer then takes two more keywords: ``time`` [B, T, E] and ``level`` [B, L], which time a position has.
+        The layer then takes two more keywords: ``time`` [B, T, E] and ``level`` [B, L], which time a position has
+        (None: T = L, each its own).
 
         Raises:
             TypeError: the layer lacks one of the four branches.
@@ -81,8 +82,10 @@ class AdaLN(nn.Module):
         for name, hook in zip(branches, (norm(0, 1), gate(2), norm(3, 4), gate(5)), strict=True):
             getattr(layer, name).register_forward_hook(hook)
 
-    def modulation(self, time: Float[Tensor, "B T E"], level: Int[Tensor, "B L"]) -> tuple[Float[Tensor, "B L D"], ...]:
+    def modulation(self, time: Float[Tensor, "B T E"], level: Int[Tensor, "B L"] | None) -> tuple[Float[Tensor, "B L D"], ...]:
         """Six tensors: shift, scale, gate of attention, then of the MLP; computed once a level, then spread."""
         values = self.linear(time)
-        spread = values.gather(1, level.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
-        return spread.chunk(6, dim=-1)
+        if level is None:
+            return values.chunk(6, dim=-1)
+        one_hot = torch.nn.functional.one_hot(level, values.shape[1]).to(values.dtype)
+        return (one_hot @ values).chunk(6, dim=-1)  # a product, since the gradient of gather adds row by row

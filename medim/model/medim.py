@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from medim.canvas import Canvas
 from medim.config import options
-from medim.diffusion import Group
+from medim.diffusion import Group, Schedule, ScheduleName
 from medim.model.adaln import AdaLN, TimeEmbedding
 from medim.model.backbone import BackboneOptions, config_from_options, decoder_layers, grow_vocabulary, make_backbone
 from medim.model.head import restricted_logits
@@ -33,7 +33,8 @@ class ModelOptions:
 
 
 class MeDiMConfig(PreTrainedConfig):
-    """What `config.json` holds: the backbone's own config, the joint vocabulary, the width of the time embedding."""
+    """What `config.json` holds: the backbone's own config, the joint vocabulary, the width of the time embedding,
+    and the noise schedule that the weights were trained with."""
 
     model_type = "medim"
 
@@ -42,11 +43,13 @@ class MeDiMConfig(PreTrainedConfig):
         backbone: dict[str, Any] | None = None,
         vocabulary: dict[str, Any] | None = None,
         adaln_dim: int = 128,
+        schedule: ScheduleName = "linear",
         **kwargs: Any,
     ) -> None:
         self.backbone = backbone or {}
         self.vocabulary = vocabulary or {}
         self.adaln_dim = adaln_dim
+        self.schedule = schedule
         super().__init__(**kwargs)
 
 
@@ -109,6 +112,11 @@ class MeDiMModel(PreTrainedModel):
         return model
 
     @property
+    def schedule(self) -> Schedule:
+        """The noise schedule that the weights were trained with."""
+        return Schedule(self.config.schedule)
+
+    @property
     def output_weight(self) -> Float[Tensor, "V D"]:
         """The output matrix, tied or not."""
         return self.backbone.get_output_embeddings().weight
@@ -120,14 +128,14 @@ class MeDiMModel(PreTrainedModel):
         self,
         ids: Int[Tensor, "B L"],
         t: Float[Tensor, "B T"],
-        level: Int[Tensor, "B L"],
+        level: Int[Tensor, "B L"] | None = None,
         valid: Bool[Tensor, "B L"] | None = None,
     ) -> Float[Tensor, "B L D"]:
         """Hidden states after the last norm; logits are their product with rows of `output_weight`.
 
         Args:
             t: noise levels in [0, 1], T a row.
-            level: which of the T levels each position has.
+            level: which of the T levels each position has; None: T = L, each its own.
             valid: False at padding, which is attended to by no position.
         """
         return self.backbone.get_decoder()(
@@ -177,5 +185,4 @@ class BoundDenoiser:
 
     def _hidden(self, ids: Int[Tensor, "B L"], t: Float[Tensor, "B L"]) -> Float[Tensor, "B L D"]:
         copies = len(ids) // len(self.valid)
-        level = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
-        return self.model(ids, t, level, self.valid.repeat(copies, 1))
+        return self.model(ids, t, None, self.valid.repeat(copies, 1))

@@ -1,6 +1,6 @@
 """Plans and the one loop that runs them."""
 
 from medim.sampling.loop import Cost, sample
-from medim.sampling.plans import Plan
+from medim.sampling.plans import REVEALS, Plan
 
-__all__ = ["Cost", "Plan", "sample"]
+__all__ = ["REVEALS", "Cost", "Plan", "sample"]

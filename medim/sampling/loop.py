@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from medim.diffusion import Denoiser, Group, groups_of, predict
+from medim.diffusion import LINEAR, Denoiser, Group, Schedule, groups_of, predict
 from medim.sampling.plans import REVEALS, Plan, Uniform, Walk
 
 Generators = torch.Generator | Sequence[torch.Generator]
@@ -36,6 +36,7 @@ def sample(
     mask_id: int,
     generator: Generators,
     condition: Bool[Tensor, "B L"] | None = None,
+    schedule: Schedule = LINEAR,
     cost: Cost | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Int[Tensor, "B L"]:
@@ -46,6 +47,7 @@ def sample(
             unknown: the denoiser is told t=1 there, and t=0 at every other such position.
         generator: one for all rows, or one a row: then a row's result does not depend on the rows beside it.
         condition: positions that the unconditional branch of guidance sees masked (t=1); needed if `plan.guidance`.
+        schedule: the denoiser's own, that of its training: translates shares of masked positions into its noise levels.
         cost: is added to.
         progress: called with (passes done, passes in all) after each pass.
 
@@ -58,7 +60,7 @@ def sample(
     if not bool(generate.any()):
         return ids
     uniform = _streams(generator, generate)
-    walk = REVEALS[plan.name](plan, generate, uniform)
+    walk = REVEALS[plan.name](plan, generate, uniform, schedule)
     unknown = (~generate & (canvas == mask_id)).float()
     step = _guided if plan.guidance else _plain
     groups = groups_of(denoiser, torch.cat([generate, generate]) if plan.guidance else generate)

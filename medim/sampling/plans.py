@@ -25,7 +25,8 @@ class Plan:
         steps: forward passes at most. Ancestral with ``steps=None``, or with at least as many steps as a row has
             positions, reveals one position a pass at its exact time and is then exact for an exact denoiser
             (first-hitting sampler, Zheng et al. 2024, arXiv 2409.02908).
-        schedule: alpha(t) that places the steps; positions revealed a step follow it.
+        schedule: pace: the share 1 - alpha(1 - k/K) is still masked after pass k of K. What the denoiser is told is the noise
+            level at which its own training schedule masks that share.
         temperature: divides the logits before a value is drawn; 0 takes the most probable.
         choice_temperature: confidence only: scale of the Gumbel noise on the log-confidence, falling to 0 at the last
             step.
@@ -68,7 +69,7 @@ class Walk:
 Uniform = Callable[[], Float[Tensor, "B L"]]  # a uniform number for each generated position, from its row's own stream
 
 
-def ancestral(plan: Plan, generate: Bool[Tensor, "B L"], uniform: Uniform) -> Walk:
+def ancestral(plan: Plan, generate: Bool[Tensor, "B L"], uniform: Uniform, trained: Schedule) -> Walk:
     """Draw every position's reveal time at once: P(revealed before noise level t) = alpha(t), independently.
 
     This is the reverse process of MDLM eq. 6-7: between t and s < t a masked position is revealed with probability
@@ -94,7 +95,7 @@ def ancestral(plan: Plan, generate: Bool[Tensor, "B L"], uniform: Uniform) -> Wa
     return Walk(times[occurs], reveal_at=torch.where(generate, place[at.clamp(max=steps - 1)], -1))
 
 
-def confidence(plan: Plan, generate: Bool[Tensor, "B L"], uniform: Uniform) -> Walk:
+def confidence(plan: Plan, generate: Bool[Tensor, "B L"], uniform: Uniform, trained: Schedule) -> Walk:
     """Reveal, at each pass, the positions whose drawn value has the highest (noised) probability.
 
     The number still masked after pass k of K is n (1 - alpha(1 - (k+1)/K)) (MaskGIT section 3.2), and the denoiser is
@@ -113,7 +114,7 @@ def confidence(plan: Plan, generate: Bool[Tensor, "B L"], uniform: Uniform) -> W
     return Walk(schedule.inverse(1 - share), counts=counts[1:], heat=edges[1:])
 
 
-REVEALS: dict[PlanName, Callable[[Plan, Bool[Tensor, "B L"], Uniform], Walk]] = {
+REVEALS: dict[PlanName, Callable[[Plan, Bool[Tensor, "B L"], Uniform, Schedule], Walk]] = {
     "ancestral": ancestral,
     "confidence": confidence,
 }

@@ -67,7 +67,7 @@ class JointTokenizer:
             segments.append(Segment("report", "text", self.report_ids(study.report)))
         return layout(segments, self.vocabulary)
 
-    def decode(self, ids: Sequence[int], row: Row, name: str = "") -> Study:
+    def decode(self, ids: Sequence[int] | np.ndarray, row: Row, name: str = "") -> Study:
         """Ids on the layout of `row` as a study: codes to pictures, text to a report. The inverse of `encode`."""
         values = np.asarray(ids)
         tag_names = {self.vocabulary.tags[m]: m for m in MODALITIES if m in self.vocabulary.tags}
@@ -112,9 +112,13 @@ class JointTokenizer:
         root = Path(folder)
         if not (root / "canvas.json").is_file():
             raise UserError(f"{root}: not a MeDiM model folder: canvas.json is missing")
-        data = json.loads((root / "canvas.json").read_text())
+        try:
+            data = json.loads((root / "canvas.json").read_text())
+            slot = SlotOptions(**data["slot"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{root / 'canvas.json'}: damaged ({error})") from error
         text = TextTokenizer.from_pretrained(root / "text_tokenizer")
         image = VQTokenizer.from_pretrained(root / "image_tokenizer")
-        vocabulary = Vocabulary.from_dict(data["vocabulary"])
+        vocabulary = Vocabulary.from_dict(data.get("vocabulary", {}))
         vocabulary.check(text.size, text.eos, image.codebook_size, str(root))
-        return cls(text, image, vocabulary, SlotOptions(**data["slot"]))
+        return cls(text, image, vocabulary, slot)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from accelerate import Accelerator
@@ -55,6 +55,7 @@ class TrainOptions:
     tensorboard: bool = False
 
 
+@runtime_checkable
 class Task(Protocol):
     """What is trained."""
 
