@@ -37,12 +37,15 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(RUN) -m pip install -q --disable-pip-version-check -c .venv/constraints.txt --no-deps taming-transformers-rom1504
 	@touch $@
 
-demo: $(STAMP)  ## train the demo model, sample pairs, evaluate them, say where the pictures are
+demo: $(STAMP)  ## train the demo model further, sample pairs, evaluate, say where the pictures are
 	$(RUN) train.py configs/train/demo.yaml
-	$(RUN) sample.py runs/demo/final --task pair -n 16 --out runs/demo/samples
+	@rm -rf runs/demo/samples runs/demo/eval
+	$(RUN) sample.py runs/demo/final --task pair --domain xray,pathology -n 16 --out runs/demo/samples
 	$(RUN) -m eval.run eval/demo.yaml --model runs/demo/final --out runs/demo/eval
-	@echo "contact sheet: runs/demo/samples/contact_sheet.png"
-	@echo "report page:   runs/demo/eval/report.html"
+	@echo
+	@echo "Look at them (all synthetic):"
+	@echo "  contact sheet  runs/demo/samples/contact_sheet.png"
+	@echo "  report page    runs/demo/eval/report.html"
 
 test: $(STAMP)  ## the whole test suite, WORKERS=2 processes
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist loadfile -q

@@ -1,11 +1,11 @@
 """Train the reader that measures whether an X-ray phantom shows what its report says.
 
-    python eval/train_reader.py --out medim/assets/reader-xray                      # the shipped one, 8 min on 2 cores
+    python eval/train_reader.py --out medim/assets/reader-xray                          # the shipped one, 5 min on 2 cores
     python eval/train_reader.py --images 64 --held-out 32 --epochs 1 --out out/reader   # a try, half a minute
 
-It is trained on pictures as drawn and, half of the time, as the image tokenizer gives them back: a reader that never saw
-a reconstruction reads generated images badly. Prints, on held-out studies of other random numbers: micro-F1 on originals,
-on reconstructions (the ceiling of any coherence figure) and against shuffled reports (its floor).
+It is trained on pictures as drawn and, half of the time, as the image tokenizer gives them back: a reader that never
+saw a reconstruction reads generated images badly. Prints, on held-out studies: micro-F1 on originals, on
+reconstructions (the ceiling of any coherence figure) and against shuffled reports (its floor).
 """
 
 from __future__ import annotations
@@ -68,9 +68,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--image-tokenizer", type=Path, default=Path("tokenizers/demo-vq"))
-    parser.add_argument("--images", type=int, default=6000)
-    parser.add_argument("--held-out", type=int, default=1000)
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--images", type=int, default=5000)
+    parser.add_argument("--held-out", type=int, default=800)
+    parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=2e-3)
     args = parser.parse_args()

@@ -60,6 +60,9 @@ def run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | No
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         return 2
+    except ImportError as error:  # an optional package: its message says what to install
+        print(f"error: {error}; see README.md on how to install", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -248,7 +251,9 @@ def prepare(argv: Sequence[str]) -> int:
     from medim.tokenization.image import VQTokenizer
 
     tokenizer = VQTokenizer.from_pretrained(args.image_tokenizer or ASSETS / "demo" / "image_tokenizer")
-    data = write(partial(embedded.studies, args.studies, args.split, args.seed), tokenizer, args.out, total=args.studies)
+    data = write(
+        partial(embedded.studies, args.studies, args.split, args.seed), tokenizer, args.out, total=args.studies
+    )
     print(f"{len(data)} studies: {args.out}")
     return 0
 

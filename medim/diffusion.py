@@ -101,7 +101,7 @@ def groups_of(denoiser: Denoiser, generate: Bool[Tensor, "B L"], vocabulary_size
 
 def predict(
     denoiser: Denoiser, ids: Int[Tensor, "B L"], t: Float[Tensor, "B L"], groups: Sequence[Group], *, mask_id: int
-) -> list[Float[Tensor, "N C"]]:
+) -> list[Float[Tensor, "_ _"]]:
     """Log-probabilities of each group's rows over its columns; [MASK] is never predicted (MDLM's zero masking).
 
     A denoiser with a method ``restricted(ids, t, groups)`` computes just these; any other is asked for all logits.

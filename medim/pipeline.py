@@ -370,7 +370,9 @@ def _load_network(folder: Path) -> MeDiMModel:
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if said[what]:
             name = sorted(map(str, said[what]))[0]
-            raise UserError(f"{folder}: weights do not fit config.json: {len(said[what])} {what.split('_')[0]}, first {name}")
+            raise UserError(
+                f"{folder}: weights do not fit config.json: {len(said[what])} {what.split('_')[0]}, first {name}"
+            )
     return model
 
 

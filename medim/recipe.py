@@ -72,7 +72,7 @@ def make_task(config: TrainConfig) -> DiffusionTask:
         model.config.schedule = config.objective.schedule
     if model.config.schedule != config.objective.schedule:
         raise UserError(
-            f"objective.schedule={config.objective.schedule}, but {config.init} was trained with {model.config.schedule}"
+            f"objective.schedule={config.objective.schedule}: {config.init} was trained with {model.config.schedule}"
         )
     folder = Path(config.data.path)
     if config.data.studies:

@@ -40,7 +40,19 @@ def test_pairs_are_reproducible_and_marked_synthetic(tiny_model: Path, tmp_path:
         assert sample(*argv, "--out", tmp_path / out) == 0
     a, b = manifest(tmp_path / "A"), manifest(tmp_path / "B")
     assert a == b and len(a) == 4
-    needed = ("id", "task", "domain", "seed", "image", "report", "plan", "guidance", "forward_passes", "model", "synthetic")
+    needed = (
+        "id",
+        "task",
+        "domain",
+        "seed",
+        "image",
+        "report",
+        "plan",
+        "guidance",
+        "forward_passes",
+        "model",
+        "synthetic",
+    )
     assert set(a[0]) >= set(needed)
     for line in a:
         first, second = (tmp_path / out / str(line["image"]) for out in ("A", "B"))
@@ -57,8 +69,12 @@ def test_report_for_an_image_and_image_for_a_report(tiny_model: Path, tmp_path: 
     assert sample(tiny_model, "--task", "report", "--image", picture, "-n", 1, "--out", tmp_path / "r") == 0
     assert sample(tiny_model, "--task", "image", "--report", "Clear lungs.", "-n", 2, "--out", tmp_path / "i") == 0
     assert [line["report"] for line in manifest(tmp_path / "i")] == ["Clear lungs."] * 2
-    (tmp_path / "in.jsonl").write_text('{"id": "x", "image": "a.png"}\n{"id": "y", "image": "a.png", "domain": "pathology"}\n')
-    assert sample(tiny_model, "--task", "report", "--input", tmp_path / "in.jsonl", "-n", 1, "--out", tmp_path / "l") == 0
+    (tmp_path / "in.jsonl").write_text(
+        '{"id": "x", "image": "a.png"}\n{"id": "y", "image": "a.png", "domain": "pathology"}\n'
+    )
+    assert (
+        sample(tiny_model, "--task", "report", "--input", tmp_path / "in.jsonl", "-n", 1, "--out", tmp_path / "l") == 0
+    )
     assert [(line["id"], line["domain"]) for line in manifest(tmp_path / "l")] == [("x", "xray"), ("y", "pathology")]
 
 

@@ -69,8 +69,8 @@ def test_corrupt_takes_a_level_for_each_position() -> None:
 def check_bound(toy: Any, given: list[int], schedule: Schedule) -> None:
     """`nelbo` of every state that agrees with `given` (mask_id: generated) against the enumerated -log p.
 
-    A small t has a large weight and seldom masks anything, so that single estimates have a long tail: a state may be six
-    standard errors off (measured: up to 4.6), all of them together four.
+    A small t has a large weight and seldom masks anything, so that single estimates have a long tail: a state may be
+    six standard errors off (measured: up to 4.6), all of them together four.
     """
     pattern = torch.tensor(given)
     truth = -toy.conditional(pattern).log()

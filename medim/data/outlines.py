@@ -21,7 +21,7 @@ WIDTH, CENTER = 0.72, (0.46, 0.5)  # both lungs together, as a share of the pict
 
 
 def lung_pairs(side: int) -> list[dict[str, Float[np.ndarray, "H W"]]]:
-    """Masks in [0, 1] of a right and a left lung, `side` pixels, scaled alike; outlines that are not a pair are left out.
+    """Masks in [0, 1] of a right and a left lung, `side` pixels, scaled alike; what is not a pair is left out.
 
     Raises:
         UserError: torchxrayvision is not installed.
@@ -57,7 +57,8 @@ def _pair(mask: np.ndarray, side: int, aspect: float) -> dict[str, Float[np.ndar
         return None
     middle = ((top + bottom) / 2, (left + right) / 2)
     rows, columns = (
-        (np.arange(side) + 0.5 - c * side) * FINE / z + m for c, z, m in zip(CENTER, (zoom_rows, zoom), middle, strict=True)
+        (np.arange(side) + 0.5 - c * side) * FINE / z + m
+        for c, z, m in zip(CENTER, (zoom_rows, zoom), middle, strict=True)
     )
     lungs = {}
     for name, region in zip(("right", "left"), regions, strict=True):

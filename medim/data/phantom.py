@@ -277,24 +277,26 @@ _NO_PNEUMOTHORAX = ("No pneumothorax.",)
 _NEITHER = ("No pleural effusion or pneumothorax.", "No effusion or pneumothorax.")
 
 
+def _one(rng: np.random.Generator, options: tuple[str, ...]) -> str:
+    return options[int(rng.integers(len(options)))]
+
+
+def _told(rng: np.random.Generator, finding: str) -> str:
+    return _one(rng, _PRESENT).format(finding=finding, lower=finding[0].lower() + finding[1:])
+
+
 def report(anatomy: Anatomy, rng: np.random.Generator) -> str:
-    """Tell the findings: one to six short sentences, wording drawn from templates, order heart, lungs, pleura."""
-
-    def one(options: tuple[str, ...]) -> str:
-        return options[int(rng.integers(len(options)))]
-
-    def present(finding: str) -> str:
-        return one(_PRESENT).format(finding=finding, lower=finding[0].lower() + finding[1:])
-
-    lungs = [one(_OPACITY).format(side=s, Side=s.capitalize(), zone=z) for s, z in anatomy.opacity] or [one(_CLEAR)]
-    pleura = [present(f"{size.capitalize()} {side} pleural effusion") for side, size in anatomy.effusion.items()]
-    pleura += [present(f"{size.capitalize()} {side} pneumothorax") for side, size in anatomy.pneumothorax.items()]
+    """Tell the findings: three to seven short sentences, wording drawn from templates, order heart, lungs, pleura."""
+    lungs = [_one(rng, _OPACITY).format(side=s, Side=s.capitalize(), zone=z) for s, z in anatomy.opacity]
+    lungs = lungs or [_one(rng, _CLEAR)]
+    pleura = [_told(rng, f"{size.capitalize()} {side} pleural effusion") for side, size in anatomy.effusion.items()]
+    pleura += [_told(rng, f"{size.capitalize()} {side} pneumothorax") for side, size in anatomy.pneumothorax.items()]
     if not pleura:
-        pleura = [one(_NEITHER)]
+        pleura = [_one(rng, _NEITHER)]
     elif rng.random() < 0.5:
-        pleura += [] if anatomy.effusion else [one(_NO_EFFUSION)]
-        pleura += [] if anatomy.pneumothorax else [one(_NO_PNEUMOTHORAX)]
-    return " ".join([one(_HEART_WORDS[anatomy.heart]), *lungs, *pleura])
+        pleura += [] if anatomy.effusion else [_one(rng, _NO_EFFUSION)]
+        pleura += [] if anatomy.pneumothorax else [_one(rng, _NO_PNEUMOTHORAX)]
+    return " ".join([_one(rng, _HEART_WORDS[anatomy.heart]), *lungs, *pleura])
 
 
 def parse(text: str) -> dict[str, bool]:

@@ -120,7 +120,7 @@ def _check_card(found: dict[str, object], wanted: dict[str, object], out: Path) 
     for key, value in wanted.items():
         if found.get(key) != value:
             raise UserError(
-                f"{out}: holds a dataset made with {key}={found.get(key)}, wanted {value}; give another folder or remove it"
+                f"{out}: holds a dataset with {key}={found.get(key)}, wanted {value}; give another folder or remove it"
             )
 
 

@@ -35,12 +35,14 @@ class _Block(nn.Module):
 class FindingReader(nn.Module):
     """Gray image [B, 1, side, side] in [-1, 1] -> one logit a finding. Places matter, so nothing is pooled globally."""
 
+    threshold: Float[Tensor, "F"]  # on logits, chosen on validation images
+
     def __init__(self, findings: Sequence[str], side: int = 96, widths: Sequence[int] = (16, 32, 64, 96)) -> None:
         super().__init__()
         self.findings, self.side, self.widths = tuple(findings), side, tuple(widths)
         self.blocks = nn.Sequential(*(_Block(a, b) for a, b in zip((1, *widths[:-1]), widths, strict=True)))
         self.head = nn.Linear(widths[-1] * (side // 2 ** len(widths)) ** 2, len(findings))
-        self.register_buffer("threshold", torch.zeros(len(findings)))  # on logits, chosen on validation images
+        self.register_buffer("threshold", torch.zeros(len(findings)))
 
     def forward(self, pixels: Float[Tensor, "B 1 H W"]) -> Float[Tensor, "B F"]:
         return self.head(self.blocks(pixels).flatten(1))

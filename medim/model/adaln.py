@@ -82,7 +82,9 @@ class AdaLN(nn.Module):
         for name, hook in zip(branches, (norm(0, 1), gate(2), norm(3, 4), gate(5)), strict=True):
             getattr(layer, name).register_forward_hook(hook)
 
-    def modulation(self, time: Float[Tensor, "B T E"], level: Int[Tensor, "B L"] | None) -> tuple[Float[Tensor, "B L D"], ...]:
+    def modulation(
+        self, time: Float[Tensor, "B T E"], level: Int[Tensor, "B L"] | None
+    ) -> tuple[Float[Tensor, "B L D"], ...]:
         """Six tensors: shift, scale, gate of attention, then of the MLP; computed once a level, then spread."""
         values = self.linear(time)
         if level is None:

@@ -167,7 +167,7 @@ class BoundDenoiser:
 
     def restricted(
         self, ids: Int[Tensor, "B L"], t: Float[Tensor, "B L"], groups: Sequence[Group]
-    ) -> list[Float[Tensor, "N C"]]:
+    ) -> list[Float[Tensor, "_ _"]]:
         """Logits of each group's rows over its columns."""
         flat = self._hidden(ids, t).flatten(0, 1)
         weight = self.model.output_weight

@@ -115,7 +115,7 @@ def _plain(
     condition: Tensor | None,
     scale: float,
     mask_id: int,
-) -> list[Float[Tensor, "N C"]]:
+) -> list[Float[Tensor, "_ _"]]:
     return predict(denoiser, ids, t, groups, mask_id=mask_id)
 
 
@@ -127,7 +127,7 @@ def _guided(
     condition: Tensor | None,
     scale: float,
     mask_id: int,
-) -> list[Float[Tensor, "N C"]]:
+) -> list[Float[Tensor, "_ _"]]:
     """Both branches in one batch: (1 + w) log p(x|c) - w log p(x), normalised (Ho & Salimans 2022, eq. 6)."""
     assert condition is not None
     both = torch.cat([ids, torch.where(condition, mask_id, ids)])
@@ -140,7 +140,7 @@ def _guided(
 
 
 def _draw(
-    log_p: list[Float[Tensor, "N C"]], groups: list[Group], ids: Tensor, temperature: float, u: Float[Tensor, "B L"]
+    log_p: list[Float[Tensor, "_ _"]], groups: list[Group], ids: Tensor, temperature: float, u: Float[Tensor, "B L"]
 ) -> tuple[Int[Tensor, "B L"], Float[Tensor, "B L"]]:
     """A value for every generated position by inverse transform, and its log-probability at temperature 1.
 

@@ -25,8 +25,8 @@ class Plan:
         steps: forward passes at most. Ancestral with ``steps=None``, or with at least as many steps as a row has
             positions, reveals one position a pass at its exact time and is then exact for an exact denoiser
             (first-hitting sampler, Zheng et al. 2024, arXiv 2409.02908).
-        schedule: pace: the share 1 - alpha(1 - k/K) is still masked after pass k of K. What the denoiser is told is the noise
-            level at which its own training schedule masks that share.
+        schedule: pace: the share 1 - alpha(1 - k/K) is still masked after pass k of K. What the denoiser is told is the
+            noise level at which its own training schedule masks that share.
         temperature: divides the logits before a value is drawn; 0 takes the most probable.
         choice_temperature: confidence only: scale of the Gumbel noise on the log-confidence, falling to 0 at the last
             step.

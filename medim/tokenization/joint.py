@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from medim.canvas import Row, Segment, layout
+from medim.canvas import ROLES, Row, Segment, layout
 from medim.config import options
 from medim.data.studies import Image, Study
 from medim.errors import UserError
@@ -74,7 +74,7 @@ class JointTokenizer:
         images, report = [], ""
         for number, role in enumerate(row.roles):
             where = np.flatnonzero(row.segment == number)
-            if self.vocabulary.columns("image")[0] <= values[where[0]] < self.vocabulary.columns("image")[1]:
+            if ROLES[role] == "image":
                 modality = tag_names[int(row.ids[where[0] - 2])]
                 images.append(Image(modality, self.picture(values[where], modality)))
             else:

@@ -25,7 +25,7 @@ Moments = dict[str, Tensor]
 
 
 class EMA:
-    """Exponential moving average of the weights: e <- d e + (1 - d) w, with d rising to `decay` over the first steps."""
+    """Exponential moving average of the weights: e <- d e + (1 - d) w; d rises to `decay` over the first steps."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay

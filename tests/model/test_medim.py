@@ -1,4 +1,4 @@
-"""The network: no causal mask, padding that matters to nobody, AdaLN that starts as the pretrained model, exact folders."""
+"""The network: no causal mask, padding that moves nothing, AdaLN that starts as the pretrained model, exact folders."""
 
 from __future__ import annotations
 
