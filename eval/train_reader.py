@@ -1,7 +1,7 @@
 """Train the reader that measures whether an X-ray phantom shows what its report says.
 
-    python eval/train_reader.py --out medim/assets/reader-xray                          # the shipped one, 5 min on 2 cores
-    python eval/train_reader.py --images 64 --held-out 32 --epochs 1 --out out/reader   # a try, half a minute
+    python eval/train_reader.py --out medim/assets/reader-xray                        # the shipped one, 5 minutes
+    python eval/train_reader.py --images 64 --held-out 32 --epochs 1 --out out/reader # a try, half a minute
 
 It is trained on pictures as drawn and, half of the time, as the image tokenizer gives them back: a reader that never
 saw a reconstruction reads generated images badly. Prints, on held-out studies: micro-F1 on originals, on

@@ -9,6 +9,7 @@ import torch
 
 from medim.config import options
 from medim.data import embedded, prepare
+from medim.data.phantom import Outlines
 from medim.errors import UserError
 from medim.model.medim import MeDiMModel, ModelOptions
 from medim.objective import ObjectiveOptions
@@ -27,10 +28,12 @@ class DataOptions:
     Attributes:
         path: folder of `medim prepare`.
         studies: when `path` is missing, so many embedded studies are encoded there; 0 says that it must exist.
+        lungs: outlines of the embedded X-rays; `real` ones come with an installed torchxrayvision.
     """
 
     path: str
     studies: int = 0
+    lungs: Outlines = "ellipse"
 
 
 @options
@@ -76,8 +79,12 @@ def make_task(config: TrainConfig) -> DiffusionTask:
         )
     folder = Path(config.data.path)
     if config.data.studies:
-        source = partial(embedded.studies, config.data.studies, "train", config.seed)
-        data = prepare.prepare(source, joint.image, folder, total=config.data.studies)
+        data = prepare.prepare(
+            lambda start: embedded.studies(config.data.studies, "train", config.seed, config.data.lungs, start),
+            joint.image,
+            folder,
+            total=config.data.studies,
+        )
     else:
         data = prepare.load(folder, joint.image)
     write = partial(save_folder, joint=joint, sampling=sampling)

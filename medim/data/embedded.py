@@ -17,11 +17,15 @@ def domain_of(index: int) -> str:
     return "xray" if index % 10 < XRAYS_IN_TEN else "pathology"
 
 
-def study(seed: int, index: int, split: str = "train") -> Study:
-    """The `index`-th study of the mixture, a pure function of its arguments."""
-    return DOMAINS[domain_of(index)](seed, index, split)
+def study(seed: int, index: int, split: str = "train", lungs: phantom.Outlines = "ellipse") -> Study:
+    """The `index`-th study of the mixture, a pure function of its arguments; `lungs` is the X-rays' outlines."""
+    if domain_of(index) == "xray":
+        return phantom.study(seed, index, split, lungs)
+    return pathology.study(seed, index, split)
 
 
-def studies(count: int, split: str = "train", seed: int = 0, start: int = 0) -> Iterator[Study]:
+def studies(
+    count: int, split: str = "train", seed: int = 0, lungs: phantom.Outlines = "ellipse", start: int = 0
+) -> Iterator[Study]:
     """The first `count` studies of the mixture, from number `start` on."""
-    return (study(seed, index, split) for index in range(start, count))
+    return (study(seed, index, split, lungs) for index in range(start, count))

@@ -88,7 +88,8 @@ def ancestral(plan: Plan, generate: Bool[Tensor, "B L"], uniform: Uniform, train
     edges = torch.linspace(1, 0, steps + 1, device=hits.device)
     bins = torch.bucketize(hits.clamp(max=1 - 1e-7), schedule.alpha(edges)[1:].contiguous())
     at = torch.where(exact.unsqueeze(1), order, bins)
-    times = torch.where(exact, schedule.inverse(alphas).T, edges[:-1].unsqueeze(1))
+    grid = trained.inverse(schedule.alpha(edges[:-1]))
+    times = torch.where(exact, trained.inverse(alphas).T, grid.unsqueeze(1))
     occurs = torch.zeros(steps, dtype=torch.bool, device=hits.device)
     occurs[at[generate]] = True
     place = torch.cumsum(occurs, 0) - 1
@@ -111,7 +112,7 @@ def confidence(plan: Plan, generate: Bool[Tensor, "B L"], uniform: Uniform, trai
     counts = torch.floor(left + 1e-4).long()  # 8.9999 is 9
     counts[1:] = torch.minimum(counts[1:], (n - passes[1:]).clamp(min=0))
     share = counts[:-1] / n.clamp(min=1)
-    return Walk(schedule.inverse(1 - share), counts=counts[1:], heat=edges[1:])
+    return Walk(trained.inverse(1 - share), counts=counts[1:], heat=edges[1:])
 
 
 REVEALS: dict[PlanName, Callable[[Plan, Bool[Tensor, "B L"], Uniform, Schedule], Walk]] = {

@@ -142,7 +142,7 @@ def train(task: Task, o: TrainOptions, run_dir: Path, resolved: str) -> Path:
     found = latest_checkpoint(run_dir / "checkpoints")
     if found is not None and not _same_config(run_dir, resolved):
         raise UserError(
-            f"{run_dir}: holds a run with another config ({run_dir / 'config.yaml'}); give another run_dir, or its config"
+            f"{run_dir}: holds a run with another config, see its config.yaml; give another run_dir, or that config"
         )
     if o.gradient_checkpointing:
         task.model.activation_checkpointing_enable()  # type: ignore[operator]
