@@ -7,7 +7,6 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +239,9 @@ def prepare(argv: Sequence[str]) -> int:
     parser.add_argument("--studies", type=int, default=6000, help="how many (6000)")
     parser.add_argument("--split", choices=("train", "validation", "test"), default="train")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--lungs", choices=("ellipse", "real"), default="ellipse", help="X-ray outlines; real: from torchxrayvision"
+    )
     parser.add_argument("--image-tokenizer", default=None, help="folder of a VQ tokenizer (default: the shipped one)")
     args = parser.parse_args(argv or ["--help"])
     if args.studies < 1:
@@ -252,7 +254,10 @@ def prepare(argv: Sequence[str]) -> int:
 
     tokenizer = VQTokenizer.from_pretrained(args.image_tokenizer or ASSETS / "demo" / "image_tokenizer")
     data = write(
-        partial(embedded.studies, args.studies, args.split, args.seed), tokenizer, args.out, total=args.studies
+        lambda start: embedded.studies(args.studies, args.split, args.seed, args.lungs, start),
+        tokenizer,
+        args.out,
+        total=args.studies,
     )
     print(f"{len(data)} studies: {args.out}")
     return 0

@@ -102,7 +102,8 @@ def test_two_processes_and_two_parts_give_the_losses_of_one(whole: Path, tiny_mo
     launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "29517"]
     run(*launch, *config(whole, tiny_model, "two"))
-    run(*config(whole, tiny_model, "parts", accumulate=2))
+    run(*config(whole, tiny_model, "parts", accumulate=2, tensorboard=True))
+    assert list((whole / "parts" / "tensorboard").glob("events.*"))
     for name in ("two", "parts"):
         for step, values in losses(whole / "whole").items():
             assert losses(whole / name)[step] == pytest.approx(values, rel=2e-4, abs=1e-5), (name, step)
