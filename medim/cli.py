@@ -292,7 +292,7 @@ def score(argv: Sequence[str]) -> int:
             picture = Image(domain, _path(args.input, line["image"]))
             studies.append(Study(name, name, (picture,), str(line["report"])))
     for result in model.nll(studies, n_times=args.n_times, seed=args.seed):
-        row = {"id": result.id}
+        row: dict[str, str | float] = {"id": result.id}
         for kind, bits in result.bits.items():
             row |= {f"{kind}_bits": round(bits, 3), f"{kind}_standard_error": round(result.standard_error[kind], 3),
                     f"{kind}_bits_per_token": round(result.bits_per_token(kind), 4)}  # fmt: skip

@@ -9,18 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from medim.canvas import ROLES, Canvas
 from medim.config import options
 from medim.diffusion import Schedule, ScheduleName, Weighting
 from medim.model.head import restricted_cross_entropy
-from medim.model.medim import MeDiMModel
 from medim.vocabulary import KINDS
 
 T_BINS = 10
@@ -134,8 +133,10 @@ def count(batch: Batch, o: ObjectiveOptions) -> float:
     return sum(o.modality_weights[kind] * len(rows) for kind, rows in zip(KINDS, batch.rows, strict=True))
 
 
-def loss(model: MeDiMModel, batch: Batch, o: ObjectiveOptions) -> Loss:
+def loss(model: nn.Module, batch: Batch, o: ObjectiveOptions) -> Loss:
     """Weighted cross-entropy at masked positions (MDLM eq. 10; MaskGIT's when weighting is flat).
+
+    `model` is a `MeDiMModel` or its DDP wrapper.
 
     The mean over the global batch is the sum of `Loss.total` over the sum of `count`, both over all processes.
     """
@@ -145,7 +146,9 @@ def loss(model: MeDiMModel, batch: Batch, o: ObjectiveOptions) -> Loss:
     level = torch.where(canvas.segment < 0, batch.t.shape[1], level)
     hidden = model(canvas.ids, tagged, level, canvas.valid).flatten(0, 1)
     t_flat = tagged.gather(1, level).flatten()
-    network = model.module if hasattr(model, "module") else model  # under DDP the wrapper runs, the inner one knows
+    network: Any = (
+        model.module if hasattr(model, "module") else model
+    )  # under DDP the wrapper runs, the inner one knows
     schedule, weight = Schedule(o.schedule), network.output_weight
     total = hidden.new_zeros((), dtype=torch.float32)
     nats = torch.zeros(len(KINDS), T_BINS, device=hidden.device)

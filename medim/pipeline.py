@@ -134,7 +134,7 @@ class MeDiM:
             )
         slots = _read_json(folder / "report_slots.json")
         counts = {domain: {int(k): v for k, v in histogram.items()} for domain, histogram in slots.items()}
-        return cls(model.to(device), joint, counts, _read_sampling(folder), str(name))
+        return cls(model.to(torch.device(device)), joint, counts, _read_sampling(folder), str(name))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a self-contained folder."""
@@ -362,9 +362,10 @@ def resolve(name: str | Path) -> Path:
 def _load_network(folder: Path) -> MeDiMModel:
     """The weights, all of them: `from_pretrained` alone would fill what is missing with random numbers."""
     try:
-        model, said = MeDiMModel.from_pretrained(
+        loaded: Any = MeDiMModel.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
         )
+        model, said = loaded
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder}: weights cannot be loaded ({' '.join(str(error).split())[:200]})") from error
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):

@@ -38,7 +38,7 @@ def test_losses_are_those_of_the_golden_curve(
         value.backward()
         optimizer.step()
         optimizer.zero_grad()
-        curve.append(round(float(value), 5))
+        curve.append(round(value.item(), 5))
     assert sum(curve[-3:]) < sum(curve[:3]), "nothing is learnt"
     golden = json.loads(GOLDEN.read_text())
     assert curve == pytest.approx(golden[weighting], rel=2e-3)

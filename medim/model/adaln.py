@@ -21,10 +21,15 @@ class TimeEmbedding(nn.Module):
         self.dim = dim
         self.mlp = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim), nn.SiLU())
 
+    @property
+    def linears(self) -> list[nn.Linear]:
+        """The two layers of the MLP."""
+        return [layer for layer in self.mlp if isinstance(layer, nn.Linear)]
+
     def forward(self, t: Float[Tensor, "B T"]) -> Float[Tensor, "B T E"]:
         exponent = torch.arange(self.dim // 2, dtype=torch.float32, device=t.device) / (self.dim // 2)
         angles = 1000 * t.float().unsqueeze(-1) * torch.exp(-math.log(10_000) * exponent)
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.mlp[0].weight.dtype))
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.linears[0].weight.dtype))
 
 
 class AdaLN(nn.Module):

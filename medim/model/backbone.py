@@ -6,7 +6,7 @@ from dataclasses import field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from medim.config import options
@@ -70,7 +70,8 @@ def decoder_layers(backbone: PreTrainedModel) -> nn.ModuleList:
 
 def grow_vocabulary(backbone: PreTrainedModel, size: int) -> None:
     """Append rows to both embedding matrices up to V = `size`: drawn from the old rows' mean and covariance."""
-    if backbone.get_input_embeddings().weight.shape[0] > size:
+    rows: Tensor = backbone.get_input_embeddings().weight  # type: ignore[assignment]
+    if len(rows) > size:
         raise ValueError(f"the backbone has more rows than the vocabulary's {size}: rows are never cut")
     with torch.no_grad():
         backbone.resize_token_embeddings(size, mean_resizing=True)

@@ -86,7 +86,7 @@ class MeDiMModel(PreTrainedModel):
         if isinstance(module, AdaLN):
             module.reset()
         elif isinstance(module, TimeEmbedding):
-            for linear in (module.mlp[0], module.mlp[2]):
+            for linear in module.linears:
                 nn.init.xavier_uniform_(linear.weight)
                 nn.init.zeros_(linear.bias)
 

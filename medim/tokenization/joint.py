@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -86,9 +87,11 @@ class JointTokenizer:
         h, w = self.image.grid(self.image.config.resolution, self.image.config.resolution)
         return torch.from_numpy(np.asarray(ids) - self.vocabulary.image[0]).view(h, w)
 
-    def picture(self, ids: np.ndarray, modality: str):
+    def picture(self, ids: np.ndarray, modality: str) -> PIL.Image.Image:
         """The picture of an image segment; gray modalities come out gray."""
-        return self.image.decode(self.grid(ids), gray=MODALITIES[modality].gray)
+        picture = self.image.decode(self.grid(ids), gray=MODALITIES[modality].gray)
+        assert isinstance(picture, PIL.Image.Image)
+        return picture
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``text_tokenizer/``, ``image_tokenizer/`` and ``canvas.json``."""

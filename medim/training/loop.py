@@ -59,7 +59,10 @@ class TrainOptions:
 class Task(Protocol):
     """What is trained."""
 
-    model: nn.Module
+    @property
+    def model(self) -> nn.Module:
+        """The network."""
+        ...
 
     def batches(self, step: int, rank: int, world: int, parts: int) -> list[Batch]:
         """This process's share of a step, in `parts`: a pure function of its arguments."""
@@ -151,7 +154,7 @@ def train(task: Task, o: TrainOptions, run_dir: Path, resolved: str) -> Path:
     ema, first = EMA(inner, o.ema), 0
     if found is not None:
         first = int(load_checkpoint(found, inner, optimizer.optimizer, ema)["step"])
-    runner = torch.compile(model) if o.compile else model
+    runner: nn.Module = torch.compile(model) if o.compile else model  # type: ignore[assignment]
     meter = Meter(run_dir, first, o.steps, o.batch_size, enabled=lead, tensorboard=o.tensorboard)
     if lead:
         (run_dir / "config.yaml").write_text(resolved)

@@ -33,7 +33,7 @@ class Meter:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(str(run_dir / "tensorboard"))  # type: ignore[no-untyped-call]
+            self.board = SummaryWriter(str(run_dir / "tensorboard"))
 
     def _drop_after(self, step: int) -> None:
         if not self.path.is_file():
@@ -71,14 +71,14 @@ class Meter:
         self.bar.set_postfix(shown | {"samples/s": f"{rate:.0f}"}, refresh=False)
         if self.board is not None:
             for key in ("loss", *(f"loss_{kind}" for kind in KINDS), "grad_norm", "lr", "samples_per_s"):
-                self.board.add_scalar(key, row[key], step)  # type: ignore[no-untyped-call]
+                self.board.add_scalar(key, row[key], step)
 
     def close(self) -> None:
         """End the bar's line."""
         if self.enabled:
             self.bar.close()
             if self.board is not None:
-                self.board.close()  # type: ignore[no-untyped-call]
+                self.board.close()
 
 
 def _memory_gib() -> float:

@@ -232,19 +232,34 @@ def test_the_same_seed_gives_the_same_rows(plan: Plan) -> None:
     assert torch.equal(run(3), run(3)) and not torch.equal(run(3), run(4))
 
 
+@pytest.mark.parametrize("trained", [Schedule("linear"), Schedule("cosine")], ids=lambda s: f"trained {s.name}")
 @pytest.mark.parametrize(
-    ("schedule", "steps", "left"),
+    ("pace", "steps", "left"),
     [("cosine", 4, [12, 11, 8, 4]), ("linear", 4, [12, 9, 6, 3]), ("linear", None, list(range(12, 0, -1)))],
 )
-def test_confidence_reveals_as_many_as_scheduled(schedule: Any, steps: int | None, left: list[int]) -> None:
-    """12 sin(pi/2 x) for x = 3/4, 1/2, 1/4 is 11.09, 8.49, 4.59."""
+def test_confidence_reveals_as_many_as_scheduled(
+    pace: Any, steps: int | None, left: list[int], trained: Schedule
+) -> None:
+    """12 sin(pi/2 x) for x = 3/4, 1/2, 1/4 is 11.09, 8.49, 4.59; told is training's level of that share."""
     denoiser, canvas = Hashing(), torch.full((3, 12), MASK)
-    plan = Plan("confidence", steps=steps, schedule=schedule)
-    sample(denoiser, canvas, canvas == MASK, plan, mask_id=MASK, generator=seeded())
+    plan = Plan("confidence", steps=steps, schedule=pace)
+    sample(denoiser, canvas, canvas == MASK, plan, mask_id=MASK, generator=seeded(), schedule=trained)
     assert [(ids == MASK).sum(1).tolist() for ids, _ in denoiser.seen] == [[n] * 3 for n in left]
-    for (_, t), n in zip(denoiser.seen, left, strict=True):  # told the level at which that share is masked
-        share = 1 - Schedule(schedule).alpha(t)
+    for (_, t), n in zip(denoiser.seen, left, strict=True):
+        share = 1 - trained.alpha(t)
         torch.testing.assert_close(share, torch.full_like(share, n / 12), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("trained", [Schedule("linear"), Schedule("cosine")], ids=lambda s: f"trained {s.name}")
+@pytest.mark.parametrize("pace", ["linear", "cosine"])
+@pytest.mark.parametrize("steps", [6, None])
+def test_ancestral_tells_the_level_at_which_so_many_are_masked(pace: Any, trained: Schedule, steps: int | None) -> None:
+    denoiser, canvas = Hashing(), torch.full((400, 60), MASK)
+    plan = Plan("ancestral", steps=steps, schedule=pace)
+    sample(denoiser, canvas, canvas == MASK, plan, mask_id=MASK, generator=seeded(), schedule=trained)
+    for ids, t in denoiser.seen:
+        share, masked = (1 - trained.alpha(t)).mean(), (ids == MASK).float().mean()
+        assert abs(float(share - masked)) < 0.02
 
 
 def test_confidence_takes_the_most_probable_first() -> None:

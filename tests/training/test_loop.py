@@ -86,14 +86,16 @@ def test_killed_and_resumed_is_the_same_to_the_last_digit(whole: Path, tiny_mode
 
 def test_sigterm_saves_and_exits_cleanly(whole: Path, tiny_model: Path) -> None:
     command = config(whole, tiny_model, "stopped", checkpoint_every=1000)
-    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
     metrics = whole / "stopped" / "metrics.jsonl"
-    while not (metrics.is_file() and metrics.read_text().count("\n") >= 2):
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    assert process.stderr is not None and "stopped on request" in process.stderr.read()
-    assert process.wait() == 0
+    with subprocess.Popen(
+        [sys.executable, *command], cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+    ) as process:
+        while not (metrics.is_file() and metrics.read_text().count("\n") >= 2):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        assert process.stderr is not None and "stopped on request" in process.stderr.read()
+        assert process.wait() == 0
     run(*command)
     assert losses(whole / "stopped") == losses(whole / "whole")
 
