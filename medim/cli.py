@@ -62,6 +62,9 @@ def run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | No
     except ImportError as error:  # an optional package: its message says what to install
         print(f"error: {error}; see README.md on how to install", file=sys.stderr)
         return 2
+    except OSError as error:  # a full disk, a folder that cannot be written
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -94,9 +97,13 @@ def train(argv: Sequence[str]) -> int:
 
     config = load(args.config, args.overrides, TrainConfig)
     _quiet()
+    from accelerate import PartialState
+
     from medim.training.loop import train as run_loop
 
-    final = run_loop(make_task(config), config.train, Path(config.run_dir), dump(config))
+    with PartialState().main_process_first():  # one process encodes the data, the others find it there
+        task = make_task(config)
+    final = run_loop(task, config.train, Path(config.run_dir), dump(config))
     print(f"model: {final}")
     return 0
 
@@ -134,7 +141,7 @@ def sample(argv: Sequence[str]) -> int:
 
     from tqdm import tqdm
 
-    from medim.gallery import Gallery
+    from medim.gallery import Gallery, refuse_used
     from medim.pipeline import TASKS, MeDiM
 
     if args.task not in TASKS:
@@ -144,6 +151,7 @@ def sample(argv: Sequence[str]) -> int:
     if args.order:
         sampling = replace(sampling, order=args.order)
     requests = _requests(args, model.domains)
+    refuse_used(args.out)
     made = model.generate(args.task, requests, batch_size=args.batch_size, sampling=sampling)
     first = next(made)  # a mistake in a request shows before the folder is made
     gallery = Gallery(args.out, args.model)

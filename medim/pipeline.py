@@ -23,8 +23,9 @@ from medim.diffusion import nelbo_tokens
 from medim.errors import UserError
 from medim.model.medim import MeDiMModel
 from medim.sampling import REVEALS, Cost, Plan, sample
+from medim.tokenization.image import prepare_image
 from medim.tokenization.joint import JointTokenizer
-from medim.vocabulary import KINDS, Kind
+from medim.vocabulary import KINDS, MODALITIES, Kind
 
 ASSETS = Path(__file__).parent / "assets"
 SHIPPED = ("demo",)
@@ -202,12 +203,21 @@ class MeDiM:
     def _check(self, task: Task, request: Request) -> None:
         if request.domain not in self.domains:
             raise UserError(f"unknown domain {request.domain!r}: {self.name} knows {', '.join(self.domains)}")
+        if isinstance(request.image, Path) and not request.image.is_file():
+            raise UserError(f"image {request.image}: no such file")
         needed = {"image": task == "report", "report": task == "image"}
         for what, value in (("image", request.image), ("report", request.report)):
             if needed[what] and (value is None or value == ""):
                 raise UserError(f"task {task} needs {'an image' if what == 'image' else 'a report'} to start from")
             if not needed[what] and value is not None:
                 raise UserError(f"task {task} makes the {what} itself: leave the given {what} out")
+
+    def _prepared(self, request: Request) -> PIL.Image.Image:
+        """The given image as the model saw it, before the image tokenizer."""
+        assert request.image is not None
+        gray = MODALITIES[request.domain].gray
+        picture = prepare_image(request.image, self.joint.image.config.resolution, gray)
+        return picture.convert("L") if gray else picture
 
     def _row(self, request: Request, stream: np.random.Generator) -> Row:
         """The layout of a sample, [MASK] where something is to be made."""
@@ -266,7 +276,7 @@ class MeDiM:
         studies = [self.joint.decode(final[i, : len(row.ids)], row) for i, row in enumerate(rows)]
         seconds = (time.perf_counter() - started) / len(requests)
         for i, (request, row, study) in enumerate(zip(requests, rows, studies, strict=True)):
-            picture = study.images[0].pixels
+            picture = study.images[0].pixels if request.image is None else self._prepared(request)
             assert isinstance(picture, PIL.Image.Image)
             codes = self.joint.grid(final[i, : len(row.ids)][row.segment == 0]).numpy()
             stats = {

@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
@@ -119,6 +120,60 @@ class _Steps(torch.utils.data.Dataset[list[Batch]]):
         return self.make(self.first + index)
 
 
+class _Run:
+    """What lives as long as a run: the prepared model, optimizer and EMA, where they are kept, and the first step."""
+
+    def __init__(self, task: Task, o: TrainOptions, run_dir: Path, resolved: str) -> None:
+        bf16 = o.precision == "bf16" or (o.precision == "auto" and _multiplies_bf16())
+        self.accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no")
+        self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
+        self.lead = self.accelerator.is_main_process
+        self.task, self.o, self.run_dir, self.resolved = task, o, run_dir, resolved
+        if o.batch_size % (self.world * o.accumulate):
+            raise UserError(
+                f"train.batch_size={o.batch_size} is not shared evenly by {self.world} processes x {o.accumulate} parts"
+            )
+        found = latest_checkpoint(run_dir / "checkpoints")
+        if found is not None and not _same_config(run_dir, resolved):
+            raise UserError(
+                f"{run_dir}: holds a run with another config, see its config.yaml; give another run_dir, or that config"
+            )
+        if o.gradient_checkpointing:
+            task.model.activation_checkpointing_enable()  # type: ignore[operator]
+        self.model, self.optimizer = self.accelerator.prepare(task.model, make_optimizer(task.model, o))
+        self.inner = self.accelerator.unwrap_model(self.model)
+        self.ema, self.first = EMA(self.inner, o.ema), 0
+        if found is not None:
+            self.first = int(load_checkpoint(found, self.inner, self.optimizer.optimizer, self.ema)["step"])
+        self.accelerator.wait_for_everyone()  # all have read before one writes
+        if self.lead:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            (run_dir / "config.yaml").write_text(resolved)
+            if found is not None:
+                print(f"resuming after step {self.first} from {found}", file=sys.stderr)
+
+    def save(self, step: int) -> None:
+        """A checkpoint after `step`; all processes call it."""
+        self.accelerator.wait_for_everyone()
+        if self.lead:
+            folder = self.run_dir / "checkpoints" / f"step-{step:08d}"
+            extra = {"config": self.resolved, "torch": torch.__version__, "batch_size": self.o.batch_size}
+            optimizer, write = self.optimizer.optimizer, partial(self.task.save, model=self.inner)
+            save_checkpoint(folder, step, write, self.inner, optimizer, self.ema, extra)
+            prune(self.run_dir / "checkpoints", self.o.keep)
+        self.accelerator.wait_for_everyone()
+
+    def finish(self) -> Path:
+        """Write the averaged weights as the final model."""
+        self.accelerator.wait_for_everyone()
+        final = self.run_dir / "final"
+        if self.lead:
+            self.ema.copy_to(self.inner)
+            write_folder(final, partial(self.task.save, model=self.inner))
+        self.accelerator.wait_for_everyone()
+        return final
+
+
 def train(task: Task, o: TrainOptions, run_dir: Path, resolved: str) -> Path:
     """Train, or go on where the last complete checkpoint of `run_dir` ends; returns the final model folder.
 
@@ -126,77 +181,45 @@ def train(task: Task, o: TrainOptions, run_dir: Path, resolved: str) -> Path:
         resolved: the whole config as YAML; stored in every checkpoint and compared on resume.
 
     Raises:
-        UserError: `run_dir` belongs to another config, or the loss is no longer a number.
+        UserError: `run_dir` belongs to another config, the batch cannot be shared, or the loss is no longer a number.
     """
-    final = run_dir / "final"
-    if (final / "config.json").is_file() and _same_config(run_dir, resolved):
-        print(
-            f"{run_dir}: already trained to the end; remove it or give another run_dir to train again", file=sys.stderr
-        )
-        return final
-    bf16 = o.precision == "bf16" or (o.precision == "auto" and _multiplies_bf16())
-    accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no")
-    world, rank, lead = accelerator.num_processes, accelerator.process_index, accelerator.is_main_process
-    if o.batch_size % (world * o.accumulate):
-        raise UserError(
-            f"train.batch_size={o.batch_size} cannot be shared evenly by {world} processes x {o.accumulate} parts"
-        )
-    run_dir.mkdir(parents=True, exist_ok=True)
-    found = latest_checkpoint(run_dir / "checkpoints")
-    if found is not None and not _same_config(run_dir, resolved):
-        raise UserError(
-            f"{run_dir}: holds a run with another config, see its config.yaml; give another run_dir, or that config"
-        )
-    if o.gradient_checkpointing:
-        task.model.activation_checkpointing_enable()  # type: ignore[operator]
-    model, optimizer = accelerator.prepare(task.model, make_optimizer(task.model, o))
-    inner = accelerator.unwrap_model(model)
-    ema, first = EMA(inner, o.ema), 0
-    if found is not None:
-        first = int(load_checkpoint(found, inner, optimizer.optimizer, ema)["step"])
-    runner: nn.Module = torch.compile(model) if o.compile else model  # type: ignore[assignment]
-    meter = Meter(run_dir, first, o.steps, o.batch_size, enabled=lead, tensorboard=o.tensorboard)
-    if lead:
-        (run_dir / "config.yaml").write_text(resolved)
-        if found is not None:
-            print(f"resuming after step {first} from {found}", file=sys.stderr)
-
-    def save(step: int) -> None:
-        accelerator.wait_for_everyone()
-        if lead:
-            folder = run_dir / "checkpoints" / f"step-{step:08d}"
-            extra = {"config": resolved, "torch": torch.__version__, "batch_size": o.batch_size}
-            save_checkpoint(folder, step, lambda p: task.save(p, inner), inner, optimizer.optimizer, ema, extra)
-            prune(run_dir / "checkpoints", o.keep)
-        accelerator.wait_for_everyone()
-
-    loader = DataLoader(_Steps(task, rank, world, o, first), batch_size=None, num_workers=o.workers)
-    model.train()
+    if (run_dir / "final" / "config.json").is_file() and _same_config(run_dir, resolved):
+        print(f"{run_dir}: trained to the end already; to train again, remove it or change run_dir", file=sys.stderr)
+        return run_dir / "final"
+    run = _Run(task, o, run_dir, resolved)
+    runner: nn.Module = torch.compile(run.model) if o.compile else run.model  # type: ignore[assignment]
+    meter = Meter(run_dir, run.first, o.steps, o.batch_size, enabled=run.lead, tensorboard=o.tensorboard)
+    steps = _Steps(task, run.rank, run.world, o, run.first)
+    run.model.train()
     stop = False
     with _stop_requests() as asked:
-        for step, parts in enumerate(loader, start=first):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, o)
-            losses, norm = _update(accelerator, task, runner, optimizer, parts, o)
-            ema.update(inner, step + 1)
-            if (step + 1) % o.log_every == 0 or step + 1 == o.steps:
-                meter.log(step + 1, _reduced(accelerator, losses), norm, learning_rate(step, o))
-                stop = _any_process(accelerator, asked())
-            if (step + 1) % o.checkpoint_every == 0 or stop:
-                save(step + 1)
+        for step, parts in enumerate(DataLoader(steps, batch_size=None, num_workers=o.workers), start=run.first + 1):
+            rate = learning_rate(step - 1, o)
+            for group in run.optimizer.param_groups:
+                group["lr"] = rate
+            losses, norm = _update(run.accelerator, task, runner, run.optimizer, parts, o)
+            run.ema.update(run.inner, step)
+            if step % o.log_every == 0 or step == o.steps:
+                loss = _reduced(run.accelerator, losses)
+                _check_finite(loss, step, run_dir)
+                meter.log(step, loss, norm, rate)
+                stop = _any_process(run.accelerator, asked())
+            if step % o.checkpoint_every == 0 or stop:
+                run.save(step)
             if stop:
                 meter.close()
-                print(
-                    f"stopped on request; saved after step {step + 1}, run the same command to go on", file=sys.stderr
-                )
+                print(f"stopped on request; saved after step {step}, run the same command to go on", file=sys.stderr)
                 raise SystemExit(0)
     meter.close()
-    accelerator.wait_for_everyone()
-    if lead:
-        ema.copy_to(inner)
-        write_folder(final, lambda p: task.save(p, inner))
-    accelerator.wait_for_everyone()
-    return final
+    return run.finish()
+
+
+def _check_finite(loss: Loss, step: int, run_dir: Path) -> None:
+    if not bool(torch.isfinite(loss.total)):
+        raise UserError(
+            f"step {step}: the loss is {float(loss.total)}; lower train.lr and start a new run_dir, init= the `model` "
+            f"folder of a checkpoint in {run_dir / 'checkpoints'}"
+        )
 
 
 def _update(

