@@ -101,6 +101,14 @@ class Canvas:
             role[i, : len(row.roles)] = row.roles
         return cls(*(torch.from_numpy(array) for array in (ids, segment, kind, valid, role)))
 
+    @property
+    def place(self) -> Int[Tensor, "B L"]:
+        """Of a code, its number within its image, from 1; 0 at text, tags and padding."""
+        here = torch.arange(self.ids.shape[1], device=self.ids.device).expand_as(self.ids)
+        before = torch.nn.functional.pad(self.segment, (1, 0), value=-1)[:, :-1]
+        first = torch.where(self.segment != before, here, 0).cummax(dim=1).values
+        return torch.where(self.kind == KINDS.index("image"), here - first + 1, 0)
+
     def has_role(self, *names: str) -> Bool[Tensor, "B L"]:
         """True at the positions of segments with one of these roles."""
         wanted = torch.tensor([ROLES.index(name) for name in names], device=self.role.device)

@@ -144,7 +144,7 @@ def loss(model: nn.Module, batch: Batch, o: ObjectiveOptions) -> Loss:
     level = canvas.segment.clamp(min=0)
     tagged = torch.cat([batch.t, torch.zeros_like(batch.t[:, :1])], dim=1)  # tags and padding are always given: t=0
     level = torch.where(canvas.segment < 0, batch.t.shape[1], level)
-    hidden = model(canvas.ids, tagged, level, canvas.valid).flatten(0, 1)
+    hidden = model(canvas.ids, tagged, level, canvas.valid, canvas.place).flatten(0, 1)
     t_flat = tagged.gather(1, level).flatten()
     network: Any = (
         model.module if hasattr(model, "module") else model

@@ -41,11 +41,15 @@ class Toy:
         seen: (ids, t) of every call.
     """
 
-    def __init__(self, length: int = 3, values: int = 4, mask_id: int = 4, seed: int = 0) -> None:
+    def __init__(
+        self, length: int = 3, values: int = 4, mask_id: int = 4, seed: int = 0, sharpness: float = 1.0
+    ) -> None:
         self.mask_id = mask_id
         ids = [i for i in range(values + 1) if i != mask_id][:values]
         self.states = torch.cartesian_prod(*[torch.tensor(ids)] * length).view(-1, length)
-        self.p = torch.softmax(torch.randn(len(self.states), generator=torch.Generator().manual_seed(seed)), 0)
+        self.p = torch.softmax(
+            sharpness * torch.randn(len(self.states), generator=torch.Generator().manual_seed(seed)), 0
+        )
         self.columns = values + (mask_id < values)
         self.seen: list[tuple[Tensor, Tensor]] = []
 
@@ -77,7 +81,7 @@ class Toy:
 
 @pytest.fixture
 def toy() -> Callable[..., Toy]:
-    """Makes toys: toy(length, values, mask_id, seed)."""
+    """Makes toys: toy(length, values, mask_id, seed, sharpness)."""
     return Toy
 
 

@@ -66,3 +66,10 @@ def test_with_ids_and_to_keep_the_layout(vocabulary: Vocabulary) -> None:
     assert not bool(other.ids.any()) and torch.equal(other.kind, canvas.kind)
     assert other.role.dtype == canvas.ids.dtype == torch.int64
     assert layout([IMAGE], vocabulary).ids.dtype == np.int64
+
+
+def test_place_numbers_the_codes_of_each_image_from_one(vocabulary: Vocabulary) -> None:
+    first = vocabulary.image[0]
+    images = [Segment("image", "xray", [first, first + 1, first + 2]), Segment("image", "ct", [first + 3, first])]
+    canvas = Canvas.collate([layout([*images, Segment("report", "text", [4, 5])], vocabulary)], pad_id=0, length=16)
+    assert canvas.place[0].tolist() == [0, 0, 1, 2, 3, 0, 0, 0, 1, 2, 0, 0, 0, 0, 0, 0]

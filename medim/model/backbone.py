@@ -14,7 +14,12 @@ from medim.config import options
 
 @options
 class BackboneOptions:
-    """Shape of a backbone made from scratch (`transformers.LlamaConfig` field names)."""
+    """Shape of a backbone made from scratch (`transformers.LlamaConfig` field names).
+
+    Attributes:
+        rotary_fraction: share of each head's dimensions that rotate with position; the slow rest compares contents
+            whatever the distance (p-RoPE, Barbero et al. 2024, arXiv 2410.06205).
+    """
 
     model_type: str = "llama"
     hidden_size: int = 256
@@ -23,12 +28,16 @@ class BackboneOptions:
     num_key_value_heads: int = 4
     intermediate_size: int = 704
     rope_theta: float = 1000.0
+    rotary_fraction: float = 1.0
     attn_implementation: str = "sdpa"
     extra: dict[str, Any] = field(default_factory=dict)
 
 
 def config_from_options(o: BackboneOptions, vocabulary_size: int) -> PreTrainedConfig:
     """The `transformers` config of a new bidirectional backbone with V = `vocabulary_size` rows."""
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": o.rope_theta}
+    if o.rotary_fraction < 1:
+        rope |= {"rope_type": "proportional", "partial_rotary_factor": o.rotary_fraction}
     config = AutoConfig.for_model(
         o.model_type,
         vocab_size=vocabulary_size,
@@ -37,7 +46,7 @@ def config_from_options(o: BackboneOptions, vocabulary_size: int) -> PreTrainedC
         num_attention_heads=o.num_attention_heads,
         num_key_value_heads=o.num_key_value_heads,
         intermediate_size=o.intermediate_size,
-        rope_parameters={"rope_type": "default", "rope_theta": o.rope_theta},
+        rope_parameters=rope,
         max_position_embeddings=4096,
         tie_word_embeddings=False,
         bos_token_id=None,

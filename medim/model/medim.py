@@ -26,10 +26,15 @@ from medim.vocabulary import KINDS, Vocabulary
 
 @options
 class ModelOptions:
-    """A model made from scratch."""
+    """A model made from scratch.
+
+    Attributes:
+        places: codes of an image that get a learnt place of their own, added to their embedding; 0 is none.
+    """
 
     backbone: BackboneOptions = BackboneOptions()
     adaln_dim: int = 128
+    places: int = 0
 
 
 class MeDiMConfig(PreTrainedConfig):
@@ -44,13 +49,19 @@ class MeDiMConfig(PreTrainedConfig):
         vocabulary: dict[str, Any] | None = None,
         adaln_dim: int = 128,
         schedule: ScheduleName = "linear",
+        places: int = 0,
         **kwargs: Any,
     ) -> None:
         self.backbone = backbone or {}
         self.vocabulary = vocabulary or {}
         self.adaln_dim = adaln_dim
         self.schedule = schedule
+        self.places = places
         super().__init__(**kwargs)
+
+
+class PlaceEmbedding(nn.Embedding):
+    """Where in its image a code is; index 0 is nowhere. Zero at the start, where a pretrained model is unchanged."""
 
 
 class MeDiMModel(PreTrainedModel):
@@ -73,6 +84,7 @@ class MeDiMModel(PreTrainedModel):
         inner._attn_implementation = config._attn_implementation or "sdpa"
         self.vocabulary = Vocabulary.from_dict(config.vocabulary)
         self.backbone = make_backbone(inner)
+        self.place = PlaceEmbedding(config.places + 1, inner.hidden_size) if config.places else None
         self.time = TimeEmbedding(config.adaln_dim)
         self.adaln = nn.ModuleList(
             AdaLN(config.adaln_dim, inner.hidden_size) for _ in range(len(decoder_layers(self.backbone)))
@@ -85,6 +97,8 @@ class MeDiMModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, AdaLN):
             module.reset()
+        elif isinstance(module, PlaceEmbedding):
+            nn.init.zeros_(module.weight)
         elif isinstance(module, TimeEmbedding):
             for linear in module.linears:
                 nn.init.xavier_uniform_(linear.weight)
@@ -94,7 +108,7 @@ class MeDiMModel(PreTrainedModel):
     def from_options(cls, o: ModelOptions, vocabulary: Vocabulary) -> MeDiMModel:
         """A model with fresh weights."""
         backbone = config_from_options(o.backbone, vocabulary.size)
-        config = MeDiMConfig(backbone.to_dict(), vocabulary.to_dict(), o.adaln_dim)
+        config = MeDiMConfig(backbone.to_dict(), vocabulary.to_dict(), o.adaln_dim, places=o.places)
         config._attn_implementation = o.backbone.attn_implementation
         return cls(config)
 
@@ -130,6 +144,7 @@ class MeDiMModel(PreTrainedModel):
         t: Float[Tensor, "B T"],
         level: Int[Tensor, "B L"] | None = None,
         valid: Bool[Tensor, "B L"] | None = None,
+        place: Int[Tensor, "B L"] | None = None,
     ) -> Float[Tensor, "B L D"]:
         """Hidden states after the last norm; logits are their product with rows of `output_weight`.
 
@@ -137,14 +152,18 @@ class MeDiMModel(PreTrainedModel):
             t: noise levels in [0, 1], T a row.
             level: which of the T levels each position has; None: T = L, each its own.
             valid: False at padding, which is attended to by no position.
+            place: number of a code within its image, from 1 (`Canvas.place`); left out, codes have no place.
         """
+        embedded = self.backbone.get_input_embeddings()(ids)
+        if self.place is not None and place is not None:
+            embedded = embedded + self.place(place.clamp(max=self.config.places))
         return self.backbone.get_decoder()(
-            input_ids=ids, attention_mask=valid, use_cache=False, time=self.time(t), level=level
+            inputs_embeds=embedded, attention_mask=valid, use_cache=False, time=self.time(t), level=level
         ).last_hidden_state
 
     def denoiser(self, canvas: Canvas) -> BoundDenoiser:
         """This model as the callable that samplers and bounds take, on the layout of one canvas."""
-        return BoundDenoiser(self, canvas.kind, canvas.valid)
+        return BoundDenoiser(self, canvas.kind, canvas.valid, canvas.place)
 
 
 @dataclass(frozen=True)
@@ -154,6 +173,7 @@ class BoundDenoiser:
     model: MeDiMModel
     kind: Int[Tensor, "B L"]
     valid: Bool[Tensor, "B L"]
+    place: Int[Tensor, "B L"]
 
     def groups(self, generate: Bool[Tensor, "B L"]) -> list[Group]:
         """Generated positions by kind; kinds that do not occur are left out."""
@@ -185,4 +205,4 @@ class BoundDenoiser:
 
     def _hidden(self, ids: Int[Tensor, "B L"], t: Float[Tensor, "B L"]) -> Float[Tensor, "B L D"]:
         copies = len(ids) // len(self.valid)
-        return self.model(ids, t, None, self.valid.repeat(copies, 1))
+        return self.model(ids, t, None, self.valid.repeat(copies, 1), self.place.repeat(copies, 1))

@@ -236,3 +236,24 @@ def test_a_layer_that_is_not_pre_norm_is_refused() -> None:
     layer = torch.nn.TransformerEncoderLayer(8, 1)
     with pytest.raises(TypeError, match="no pre-norm decoder layer: it has no input_layernorm"):
         AdaLN(4, 8).attach(layer)
+
+
+def test_places_are_nothing_at_the_start_and_then_tell_codes_apart(vocabulary: Vocabulary) -> None:
+    shape = BackboneOptions(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2)
+    model = MeDiMModel.from_options(ModelOptions(backbone=shape, adaln_dim=16, places=6), vocabulary).eval()
+    ids, t = torch.full((1, 8), vocabulary.mask), torch.ones(1, 8)
+    place = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 0]])
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids, t, place=place), model(ids, t))
+        assert model.place is not None
+        model.place.weight.normal_()
+        assert (model(ids, t, place=place) - model(ids, t)).abs().max() > 0.1
+
+
+def test_p_rope_leaves_the_slow_dimensions_unrotated(vocabulary: Vocabulary, tmp_path: Path) -> None:
+    shape = BackboneOptions(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, rotary_fraction=0.5)
+    model = MeDiMModel.from_options(ModelOptions(backbone=shape, adaln_dim=16), vocabulary)
+    model.save_pretrained(tmp_path)
+    for network in (model, MeDiMModel.from_pretrained(tmp_path)):
+        frequencies = network.backbone.get_decoder().rotary_emb.inv_freq
+        assert (frequencies[:4] > 0).all() and (frequencies[4:] == 0).all()
