@@ -41,7 +41,7 @@ demo: $(STAMP)  ## train the demo model further, sample pairs, evaluate, say whe
 	$(RUN) train.py configs/train/demo.yaml
 	@rm -rf runs/demo/samples runs/demo/eval
 	$(RUN) sample.py runs/demo/final --task pair --domain xray,pathology -n 16 --out runs/demo/samples
-	$(RUN) -m eval.run eval/demo.yaml --model runs/demo/final --out runs/demo/eval
+	$(RUN) -m eval.run eval/demo.yaml --model runs/demo/final --out runs/demo/eval --limit 24
 	@echo
 	@echo "Look at them (all synthetic):"
 	@echo "  contact sheet  runs/demo/samples/contact_sheet.png"

@@ -116,8 +116,11 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "no report": ({"task": "image"}, r"task image needs a report to start from"),
     "empty report": ({"task": "image", "report": ""}, r"task image needs a report to start from"),
     "report too many": ({"report": REPORT}, r"task pair makes the report itself"),
-    "image too many": ({"task": "image", "report": REPORT, "image": "x.png"}, r"task image makes the image itself"),
-    "no such file": ({"task": "report", "image": "nowhere/x.png"}, r"image nowhere/x\.png does not exist"),
+    "image too many": (
+        {"task": "image", "report": REPORT, "image": PIL.Image.new("L", (96, 96))},
+        r"task image makes the image itself",
+    ),
+    "no such file": ({"task": "report", "image": "nowhere/x.png"}, r"image nowhere/x\.png: no such file"),
 }
 
 
