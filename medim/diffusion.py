@@ -148,20 +148,21 @@ def nelbo_tokens(
 ) -> Float[Tensor, "T B L"]:
     """The bound of `nelbo` by position and by each of T=`n_times` noise levels; its mean over T is an estimate.
 
-    All generated positions share one t (only that path bounds the joint), stratified over `n_times` strata.
+    All generated positions share one noise level (only that path bounds the joint). What is drawn is not t but how many
+    of the n positions are masked: l uniform on 1..n, stratified, weight n / l, and the denoiser is told the level at
+    which that share is masked. The integral over t of MDLM eq. 10 is this sum (LLaDA, Nie et al. 2025, arXiv
+    2502.09992, eq. 6), but its estimate has a logarithmically diverging variance at t=0, this one a bounded variance.
     """
-    batch, length = x0.shape
     groups = groups_of(denoiser, generate)
-    device = generator.device
+    n = generate.sum(1, keepdim=True)
     terms = []
     for stratum in range(n_times):
-        u = (stratum + torch.rand(batch, 1, generator=generator, device=device)) / n_times
-        t = u.clamp(min=1e-6).to(x0.device)  # the weight has a pole at t=0, where nothing is masked
-        noise = torch.rand(batch, length, generator=generator, device=device).to(x0.device)
-        level = torch.where(generate, t, 0.0)
-        xt, masked = corrupt(x0, level, generate, mask_id=mask_id, noise=noise, schedule=schedule)
-        nll = token_nll(denoiser, xt, level, x0, groups, mask_id=mask_id)
-        terms.append(torch.where(masked, nll * schedule.weight(t), 0.0))
+        u, noise = (torch.rand(len(x0), k, generator=generator, device=generator.device) for k in (1, x0.shape[1]))
+        count = torch.minimum((((stratum + u.to(x0.device)) / n_times) * n).long() + 1, n)
+        masked = torch.where(generate, noise.to(x0.device), torch.inf).argsort(1).argsort(1) < count
+        level = torch.where(generate, schedule.inverse(1 - count / n.clamp(min=1)), 0.0)
+        nll = token_nll(denoiser, torch.where(masked, mask_id, x0), level, x0, groups, mask_id=mask_id)
+        terms.append(torch.where(masked, nll * (n / count.clamp(min=1)), 0.0))
     return torch.stack(terms)
 
 
@@ -177,7 +178,8 @@ def nelbo(
 ) -> Float[Tensor, "B"]:
     """An upper bound of -log p(x_0[generate] | x_0[~generate]) in nats, unbiased.
 
-    NELBO = E_t [ -alpha'(t)/(1-alpha(t)) * sum over masked i of -log p(x_0^i | x_t) ]  (MDLM eq. 10, t ~ U(0, 1)).
+    NELBO = E_t [ -alpha'(t)/(1-alpha(t)) * sum over masked i of -log p(x_0^i | x_t) ]  (MDLM eq. 10, t ~ U(0, 1)),
+    estimated as `nelbo_tokens` says.
     With the exact posterior as the denoiser it equals the negative log likelihood, for any order of unmasking.
     """
     terms = nelbo_tokens(

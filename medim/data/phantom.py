@@ -62,6 +62,8 @@ def study(seed: int, index: int, split: str = "train", lungs: Outlines = "ellips
     Raises:
         IndexError: `index` lies outside the split's fixed range.
     """
+    if index < 0:
+        raise IndexError(f"index {index}: the studies of a split are counted from 0")
     number = SPLITS[split][index]
     drawing, noise, wording = (np.random.default_rng([seed, number, stream]) for stream in range(3))
     anatomy = draw_anatomy(drawing)

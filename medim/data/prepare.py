@@ -61,12 +61,14 @@ def prepare(
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    tag = {"image_tokenizer": codebook_hash(tokenizer), "studies": total}
+    tag = {"image_tokenizer": codebook_hash(tokenizer), "studies": total, "shard_size": shard_size}
     card = out / "dataset.json"
     if card.is_file():
         _check_card(json.loads(card.read_text()), tag, out)
     else:
-        card.write_text(json.dumps(tag) + "\n")
+        aside = card.with_suffix(".partial")
+        aside.write_text(json.dumps(tag) + "\n")
+        os.replace(aside, card)
     disable_progress_bar()
     starts = range(0, total, shard_size)
     missing = [n for n in range(len(starts)) if not (out / f"shard-{n:05d}").is_dir()]
@@ -128,15 +130,18 @@ def load(folder: str | Path, tokenizer: VQTokenizer | None = None) -> Dataset:
     """Open a prepared dataset, memory-mapped; with `tokenizer`, check that the codes are its own.
 
     Raises:
-        UserError: nothing prepared there, or codes of another tokenizer.
+        UserError: nothing prepared there, shards missing, or codes of another tokenizer.
     """
     folder = Path(folder)
     shards = sorted(p for p in folder.glob("shard-*") if p.is_dir())
-    if not shards:
+    if not shards or not (folder / "dataset.json").is_file():
         raise UserError(
             f"{folder}: no prepared dataset there; make one with `medim prepare SOURCE ROOT --out {folder}`"
         )
+    card = json.loads((folder / "dataset.json").read_text())
     if tokenizer is not None:
-        card = json.loads((folder / "dataset.json").read_text())
         _check_card(card, {"image_tokenizer": codebook_hash(tokenizer)}, folder)
-    return concatenate_datasets([load_from_disk(str(shard)) for shard in shards])
+    data = concatenate_datasets([load_from_disk(str(shard)) for shard in shards])
+    if len(data) != card["studies"]:
+        raise UserError(f"{folder}: holds {len(data)} of {card['studies']} studies; run the command that made it again")
+    return data
