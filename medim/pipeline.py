@@ -203,14 +203,14 @@ class MeDiM:
     def _check(self, task: Task, request: Request) -> None:
         if request.domain not in self.domains:
             raise UserError(f"unknown domain {request.domain!r}: {self.name} knows {', '.join(self.domains)}")
-        if isinstance(request.image, Path) and not request.image.is_file():
-            raise UserError(f"image {request.image}: no such file")
         needed = {"image": task == "report", "report": task == "image"}
         for what, value in (("image", request.image), ("report", request.report)):
             if needed[what] and (value is None or value == ""):
                 raise UserError(f"task {task} needs {'an image' if what == 'image' else 'a report'} to start from")
             if not needed[what] and value is not None:
                 raise UserError(f"task {task} makes the {what} itself: leave the given {what} out")
+        if isinstance(request.image, Path) and not request.image.is_file():
+            raise UserError(f"image {request.image}: no such file")
 
     def _prepared(self, request: Request) -> PIL.Image.Image:
         """The given image as the model saw it, before the image tokenizer."""

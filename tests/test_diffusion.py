@@ -126,9 +126,11 @@ def test_noise_levels_of_a_bound_are_stratified_and_shared(toy: Callable[..., An
     it = toy()
     everywhere = torch.ones(64, 3, dtype=torch.bool)
     nelbo(it, it.states, everywhere, mask_id=4, n_times=4, generator=seeded())
-    for stratum, (_, t) in enumerate(it.seen):
+    for stratum, (ids, t) in enumerate(it.seen):
         assert torch.equal(t, t[:, :1].expand(-1, 3))
-        assert stratum / 4 <= float(t.min()) and float(t.max()) <= (stratum + 1) / 4
+        masked = (ids == 4).sum(1)
+        torch.testing.assert_close(t[:, 0], masked / 3)  # told the level at which that share is masked
+        assert int(3 * stratum / 4) + 1 <= int(masked.min()) and int(masked.max()) <= -(-3 * (stratum + 1) // 4)
 
 
 @both_masks

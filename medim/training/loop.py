@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
@@ -192,7 +192,7 @@ def train(task: Task, o: TrainOptions, run_dir: Path, resolved: str) -> Path:
     steps = _Steps(task, run.rank, run.world, o, run.first)
     run.model.train()
     stop = False
-    with _stop_requests() as asked:
+    with closing(meter), _stop_requests() as asked:
         for step, parts in enumerate(DataLoader(steps, batch_size=None, num_workers=o.workers), start=run.first + 1):
             rate = learning_rate(step - 1, o)
             for group in run.optimizer.param_groups:
@@ -207,10 +207,8 @@ def train(task: Task, o: TrainOptions, run_dir: Path, resolved: str) -> Path:
             if step % o.checkpoint_every == 0 or stop:
                 run.save(step)
             if stop:
-                meter.close()
                 print(f"stopped on request; saved after step {step}, run the same command to go on", file=sys.stderr)
                 raise SystemExit(0)
-    meter.close()
     return run.finish()
 
 
