@@ -135,7 +135,8 @@ class MeDiM:
             )
         slots = _read_json(folder / "report_slots.json")
         counts = {domain: {int(k): v for k, v in histogram.items()} for domain, histogram in slots.items()}
-        return cls(model.to(torch.device(device)), joint, counts, _read_sampling(folder), str(name))
+        model.to(device)  # type: ignore[arg-type]
+        return cls(model, joint, counts, _read_sampling(folder), str(name))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a self-contained folder."""

