@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -153,10 +154,10 @@ def sample(argv: Sequence[str]) -> int:
     requests = _requests(args, model.domains)
     refuse_used(args.out)
     made = model.generate(args.task, requests, batch_size=args.batch_size, sampling=sampling)
-    first = next(made)  # a mistake in a request shows before the folder is made
-    gallery = Gallery(args.out, args.model)
     with tqdm(total=len(requests), desc="sampling", unit="sample") as bar:
-        for one in (first, *made):
+        first = next(made)  # a mistake in a request shows before the folder is made
+        gallery = Gallery(args.out, args.model)
+        for one in itertools.chain((first,), made):
             gallery.add(one, args.seed)
             bar.update()
     print(f"manifest:      {gallery.root / 'manifest.jsonl'}")
