@@ -77,6 +77,7 @@ def make_task(config: TrainConfig) -> DiffusionTask:
         raise UserError(
             f"objective.schedule={config.objective.schedule}: {config.init} was trained with {model.config.schedule}"
         )
+    model.config.condition_dropout = config.objective.condition_dropout
     folder = Path(config.data.path)
     if config.data.studies:
         data = prepare.prepare(

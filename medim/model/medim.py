@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -37,9 +37,13 @@ class ModelOptions:
     places: int = 0
 
 
+ConditionAttention = Literal["full", "prefix"]
+
+
 class MeDiMConfig(PreTrainedConfig):
-    """What `config.json` holds: the backbone's own config, the joint vocabulary, the width of the time embedding,
-    and the noise schedule that the weights were trained with."""
+    """What `config.json` holds: the backbone's own config, the joint vocabulary, the width of the time embedding, and
+    what a sampler must know of the training: its noise schedule, how often it dropped the condition (0: guidance has no
+    branch to compare with), and whether given segments attend to generated ones (`condition_attention`)."""
 
     model_type = "medim"
 
@@ -50,6 +54,8 @@ class MeDiMConfig(PreTrainedConfig):
         adaln_dim: int = 128,
         schedule: ScheduleName = "linear",
         places: int = 0,
+        condition_dropout: float = 0.0,
+        condition_attention: ConditionAttention = "full",
         **kwargs: Any,
     ) -> None:
         self.backbone = backbone or {}
@@ -57,6 +63,8 @@ class MeDiMConfig(PreTrainedConfig):
         self.adaln_dim = adaln_dim
         self.schedule = schedule
         self.places = places
+        self.condition_dropout = condition_dropout
+        self.condition_attention = condition_attention
         super().__init__(**kwargs)
 
 

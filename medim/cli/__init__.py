@@ -1,0 +1,57 @@
+"""The `medim` command, and what `train.py` and `sample.py` call. Heavy imports come after the arguments are read."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+from medim.cli.preparation import prepare
+from medim.cli.sampling import sample
+from medim.cli.scoring import score
+from medim.cli.training import train
+from medim.errors import UserError
+
+__all__ = ["main", "prepare", "run", "sample", "score", "train"]
+
+
+def run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
+    """Run a command as a user meets it: a mistake is one line on stderr and exit code 2."""
+    try:
+        return command(sys.argv[1:] if argv is None else argv) or 0
+    except UserError as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        return 2
+    except ImportError as error:  # an optional package: its message says what to install
+        print(f"error: {error}; see README.md on how to install", file=sys.stderr)
+        return 2
+    except OSError as error:  # a full disk, a folder that cannot be written
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
+    "train": (train, "train a model, or go on with a run"),
+    "sample": (sample, "make pairs, reports or images"),
+    "prepare": (prepare, "encode studies once, before training"),
+    "score": (score, "bits that a model needs for each study"),
+}
+
+
+def _medim(argv: Sequence[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        print("medim COMMAND ...: unified generation of medical images and reports\n")
+        print("\n".join(f"  medim {name:9}{text}" for name, (_, text) in COMMANDS.items()))
+        print("\n`medim COMMAND --help` teaches one. Benchmarks: python -m eval.run --help")
+        return 0
+    if argv[0] not in COMMANDS:
+        raise UserError(f"medim {argv[0]}: unknown command; one of {', '.join(COMMANDS)}")
+    return COMMANDS[argv[0]][0](argv[1:])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The console script."""
+    return run(_medim, argv)

@@ -1,0 +1,42 @@
+"""`train.py` and `medim train`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from medim.cli.common import make_parser, quiet
+
+HELP = """Train a model, or go on with a run that was stopped.
+
+  python train.py configs/train/demo.yaml                              # goes on from the shipped demo checkpoint
+  python train.py configs/train/demo.yaml train.steps=40 run_dir=R     # any setting can be changed: a.b=c
+  accelerate launch --num_processes 8 train.py CONFIG                  # several GPUs
+
+Run the same command again to resume after the last complete checkpoint. RUN_DIR/final is the trained model.
+RUN_DIR/metrics.jsonl has a line a step: loss by modality and by noise level, samples/s, memory."""
+
+
+def train(argv: Sequence[str]) -> int:
+    """`train.py CONFIG [a.b=c ...]`."""
+    parser = make_parser("train.py", HELP)
+    parser.add_argument("config", help="a YAML file, as those in configs/train/")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that replace the file's")
+    if not argv:
+        parser.print_help()
+        return 0
+    args = parser.parse_args(argv)
+    from medim.config import dump, load
+    from medim.recipe import TrainConfig, make_task
+
+    config = load(args.config, args.overrides, TrainConfig)
+    quiet()
+    from accelerate import PartialState
+
+    from medim.training.loop import train as run_loop
+
+    with PartialState().main_process_first():  # one process encodes the data, the others find it there
+        task = make_task(config)
+    final = run_loop(task, config.train, Path(config.run_dir), dump(config))
+    print(f"model: {final}")
+    return 0
