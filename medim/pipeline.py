@@ -263,7 +263,7 @@ class MeDiM:
         ids, cost = canvas.ids, Cost()
         for generate, condition, plan in self._phases(task, canvas, sampling):
             ids = sample(
-                self.model.denoiser(canvas),
+                self.model.denoiser(canvas, generate),
                 ids,
                 generate,
                 plan,
@@ -319,7 +319,7 @@ class MeDiM:
             generate = canvas.has_role(*roles)
             generator = torch.Generator(self.model.device).manual_seed(seed + first)
             terms = nelbo_tokens(
-                self.model.denoiser(canvas),
+                self.model.denoiser(canvas, generate),
                 canvas.ids,
                 generate,
                 mask_id=self.joint.vocabulary.mask,

@@ -78,6 +78,7 @@ def make_task(config: TrainConfig) -> DiffusionTask:
             f"objective.schedule={config.objective.schedule}: {config.init} was trained with {model.config.schedule}"
         )
     model.config.condition_dropout = config.objective.condition_dropout
+    model.config.condition_attention = config.objective.condition_attention
     folder = Path(config.data.path)
     if config.data.studies:
         data = prepare.prepare(

@@ -187,7 +187,7 @@ def test_the_mdlm_loss_is_the_bound(
         losses = torch.stack([loss(tiny_network, batch, o).total / 64 for batch in batches])
     report, generator = canvas.has_role("report"), torch.Generator().manual_seed(0)
     strata = nelbo_tokens(
-        tiny_network.denoiser(canvas), canvas.ids, report, mask_id=vocabulary.mask, n_times=50, generator=generator,
+        tiny_network.denoiser(canvas, report), canvas.ids, report, mask_id=vocabulary.mask, n_times=50, generator=generator,
         schedule=Schedule(schedule),
     )  # fmt: skip
     bound = strata[1:].mean(0).sum(1)

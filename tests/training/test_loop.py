@@ -108,7 +108,7 @@ def test_two_processes_and_two_parts_give_the_losses_of_one(whole: Path, tiny_mo
     assert list((whole / "parts" / "tensorboard").glob("events.*"))
     for name in ("two", "parts"):
         for step, values in losses(whole / "whole").items():
-            assert losses(whole / name)[step] == pytest.approx(values, rel=2e-4, abs=1e-5), (name, step)
+            assert losses(whole / name)[step] == pytest.approx(values, rel=1e-3, abs=1e-5), (name, step)
 
 
 def test_another_config_is_refused_and_nothing_is_lost(whole: Path) -> None:
