@@ -5,7 +5,7 @@ Shape letters: B batch, L canvas length, S segments.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -127,7 +127,7 @@ class Canvas:
     def _fill(cls, bins: Sequence[Sequence[int]], rows: Sequence[Row], pad_id: int, length: int, fill: Fill) -> Canvas:
         """Row b of the canvas holds the studies `bins[b]` of `rows`, one after the other."""
         shape = (len(bins), length)
-        ids, (segment, kind, study) = np.full(shape, pad_id), (np.full(shape, -1) for _ in range(3))
+        ids, segment, kind, study = (np.full(shape, value) for value in (pad_id, -1, -1, -1))
         role = np.full((len(bins), max(sum(len(rows[n].roles) for n in numbers) for numbers in bins)), -1)
         for b, numbers in enumerate(bins):
             start = segments = 0
@@ -138,7 +138,8 @@ class Canvas:
                 segment[b, at] = np.where(row.segment < 0, -1, row.segment + segments)
                 role[b, segments : segments + len(row.roles)] = row.roles
                 segments += len(row.roles)
-        return cls(*(torch.from_numpy(array) for array in (ids, segment, kind, study, role)), fill)
+        made = torch.from_numpy
+        return cls(made(ids), made(segment), made(kind), made(study), made(role), fill)
 
     @property
     def valid(self) -> Bool[Tensor, "B L"]:
@@ -182,5 +183,12 @@ class Canvas:
 
     def to(self, device: torch.device | str) -> Canvas:
         """The same canvas on another device."""
-        moved = (v.to(device, non_blocking=True) for v in (self.ids, self.segment, self.kind, self.study, self.role))
-        return Canvas(*moved, self.fill)
+        return self._each(lambda values: values.to(device, non_blocking=True))
+
+    def repeat(self, copies: int) -> Canvas:
+        """The same rows `copies` times."""
+        return self._each(lambda values: values.repeat(copies, 1))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Canvas:
+        ids, segment, kind, study, role = map(change, (self.ids, self.segment, self.kind, self.study, self.role))
+        return Canvas(ids, segment, kind, study, role, self.fill)

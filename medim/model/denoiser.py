@@ -33,12 +33,14 @@ class Memory(DynamicCache):
         """Store what comes first; after that, hand back what is stored followed by what comes."""
         if not self.filled:
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        layer = self.layers[layer_idx]
+        layer: Any = self.layers[layer_idx]
         return torch.cat([layer.keys, key_states], dim=-2), torch.cat([layer.values, value_states], dim=-2)
 
     def keep(self, positions: Int[Tensor, "B P"] | None = None) -> Memory:
         """Close it; of all positions that were run, keep these."""
-        for layer in self.layers if positions is not None else ():
+        layers: Any = self.layers
+        for layer in layers if positions is not None else ():
+            assert positions is not None
             index = positions[:, None, :, None].expand(-1, layer.keys.shape[1], -1, layer.keys.shape[3])
             layer.keys, layer.values = layer.keys.gather(2, index), layer.values.gather(2, index)
         self.filled = True
@@ -183,7 +185,7 @@ class BoundDenoiser:
     def _all(self, ids: Int[Tensor, "B L"], t: Float[Tensor, "B L"], memory: Memory | None = None) -> Tensor:
         copies = len(ids) // len(self.generate)
         levels, level = self._levels(ids, t)
-        canvas = self.canvas if copies == 1 else _repeat(self.canvas, copies)
+        canvas = self.canvas if copies == 1 else self.canvas.repeat(copies)
         given = None if self.given is None else self.given.repeat(copies, 1)
         self.tokens += ids.numel()
         return self.model(ids, levels, level, past_key_values=memory, **self.model.attention(canvas, given))
@@ -216,8 +218,3 @@ class BoundDenoiser:
             part.of(self.place.repeat(copies, 1)),
             memory,
         )
-
-
-def _repeat(canvas: Canvas, copies: int) -> Canvas:
-    parts = (canvas.ids, canvas.segment, canvas.kind, canvas.study, canvas.role)
-    return Canvas(*(part.repeat(copies, 1) for part in parts), canvas.fill)

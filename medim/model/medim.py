@@ -202,10 +202,14 @@ class MeDiMModel(PreTrainedModel):
         """The arguments of `forward` that a canvas asks for; `given` as in `attention_of`."""
         return attention_of(canvas, given, self.attention_backend, self.dtype) | {"place": canvas.place}
 
-    def compile_blocks(self) -> None:
-        """`torch.compile` each decoder layer with its AdaLN by itself: one graph, compiled once for all layers."""
+    def compile_blocks(self, **options: Any) -> None:
+        """`torch.compile` each decoder layer with its AdaLN by itself: small graphs without breaks, fast to compile.
+
+        Args:
+            options: of `torch.compile`.
+        """
         for layer in decoder_layers(self.backbone):
-            layer.compile()
+            layer.compile(**options)
 
     def denoiser(self, canvas: Canvas, generate: Bool[Tensor, "B L"], refresh: int | None = None) -> BoundDenoiser:
         """This model as the callable that samplers and bounds take, on one canvas: see `BoundDenoiser`."""
