@@ -71,23 +71,23 @@ class BoundDenoiser:
     be given (t=0) or unknown (t=1).
 
     With ``condition_attention: prefix`` positions outside the generated segments (`Canvas.outside`) attend among
-    themselves only, so their keys and values never change: they are computed in the first call and kept. The ids there
-    must not change between calls; make another denoiser for others. Exact: equal to computing them each time.
+    themselves only, so their keys and values never change: with `cache` they are computed in the first call and kept.
+    The ids there must not change between calls; make another denoiser for others. Exact: equal to no `cache`.
 
     With ``full`` attention their states do depend on what is generated. `refresh` = R > 1 computes them in every R-th
     call only and is an approximation; `drift` says how far off it was.
     """
 
     def __init__(
-        self, model: MeDiMModel, canvas: Canvas, generate: Bool[Tensor, "B L"], refresh: int | None = None
+        self, model: MeDiMModel, canvas: Canvas, generate: Bool[Tensor, "B L"], refresh: int = 1, cache: bool = True
     ) -> None:
-        if refresh is not None and refresh < 1:
+        if refresh < 1:
             raise ValueError(f"refresh={refresh}: at least 1, which keeps nothing")
         self.model, self.canvas, self.generate, self.place = model, canvas, generate, canvas.place
         self.prefix = model.config.condition_attention == "prefix"
         outside = canvas.outside(generate)
         self.given = outside if self.prefix else None
-        self.refresh = refresh or 1
+        self.refresh = refresh
         self.calls = 0
         self.tokens = 0  # positions that went through the network
         self._memory: dict[int, Memory] = {}  # by how often the layout is repeated in the batch
@@ -102,7 +102,7 @@ class BoundDenoiser:
         )
         self._any_of = first  # one generated position of each segment
         self._level = torch.where(scored, canvas.segment, segments)
-        self._caches = self.prefix or self.refresh > 1
+        self._caches = cache and (self.prefix or refresh > 1)
         if self._caches:
             self._kept, self._run = _Part(outside), _Part(canvas.valid & ~outside)
             self._caches = self._kept.size > 0 and self._run.size > 0

@@ -211,6 +211,8 @@ class MeDiMModel(PreTrainedModel):
         for layer in decoder_layers(self.backbone):
             layer.compile(**options)
 
-    def denoiser(self, canvas: Canvas, generate: Bool[Tensor, "B L"], refresh: int | None = None) -> BoundDenoiser:
+    def denoiser(
+        self, canvas: Canvas, generate: Bool[Tensor, "B L"], refresh: int = 1, cache: bool = True
+    ) -> BoundDenoiser:
         """This model as the callable that samplers and bounds take, on one canvas: see `BoundDenoiser`."""
-        return BoundDenoiser(self, canvas, generate, refresh)
+        return BoundDenoiser(self, canvas, generate, refresh, cache)

@@ -35,9 +35,7 @@ def noised(canvas: Canvas, generate: Tensor, mask_id: int, seed: int) -> tuple[T
 
 
 def uncached(model: MeDiMModel, canvas: Canvas, generate: Tensor) -> BoundDenoiser:
-    denoiser = model.denoiser(canvas, generate)
-    denoiser._caches = False
-    return denoiser
+    return model.denoiser(canvas, generate, cache=False)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
