@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
+import pydantic
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from medim.canvas import ROLES, Canvas
 from medim.config import options
-from medim.diffusion import Schedule, ScheduleName, Weighting
+from medim.diffusion import Schedule, ScheduleName, Weighting, loss_weight
 from medim.model.head import restricted_cross_entropy
 from medim.vocabulary import KINDS
 
@@ -34,8 +35,10 @@ class ObjectiveOptions:
     Attributes:
         tasks: mixture weights; ``pair`` draws an independent noise level for each segment.
         condition_dropout: probability that the given segment is wholly masked instead (trains guidance).
-        weighting: ``mdlm`` is the bound's -alpha'/(1-alpha), ``flat`` is MaskGIT's 1.
-        modality_weights: factor on the loss of text and of image positions.
+        weighting: ``mdlm`` is the bound's -alpha'/(1-alpha), ``flat`` is MaskGIT's 1, ``min_snr`` is the smaller of the
+            bound's and `snr_clamp`. Only the first is the bound: see `medim.diffusion.loss_weight`.
+        snr_clamp: the largest weight of ``min_snr``; the others ignore it.
+        modality_weights: factor on text and on image positions, both in the loss and in the count that divides it.
         min_t: the smallest noise level drawn: the bound's weight has a pole at t=0.
     """
 
@@ -43,6 +46,7 @@ class ObjectiveOptions:
     condition_dropout: float = 0.1
     schedule: ScheduleName = "linear"
     weighting: Weighting = "flat"
+    snr_clamp: float = pydantic.Field(5.0, gt=0)
     modality_weights: dict[Literal["text", "image"], float] = field(default_factory=lambda: {"text": 1.0, "image": 1.0})
     min_t: float = 1e-3
 
@@ -134,7 +138,7 @@ def count(batch: Batch, o: ObjectiveOptions) -> float:
 
 
 def loss(model: nn.Module, batch: Batch, o: ObjectiveOptions) -> Loss:
-    """Weighted cross-entropy at masked positions (MDLM eq. 10; MaskGIT's when weighting is flat).
+    """Weighted cross-entropy at masked positions (MDLM eq. 10), weighed as `ObjectiveOptions.weighting` says.
 
     `model` is a `MeDiMModel` or its DDP wrapper.
 
@@ -159,7 +163,7 @@ def loss(model: nn.Module, batch: Batch, o: ObjectiveOptions) -> Loss:
             continue
         nll = restricted_cross_entropy(hidden[rows], weight, targets, *network.vocabulary.columns(kind))
         t = t_flat[rows]
-        scale = schedule.weight(t) if o.weighting == "mdlm" else torch.ones_like(t)
+        scale = loss_weight(schedule, o.weighting, t, o.snr_clamp)
         total = total + o.modality_weights[kind] * (scale * nll).sum()
         cell = (t * T_BINS).long().clamp(max=T_BINS - 1)
         nats[number].index_add_(0, cell, nll.detach())
