@@ -46,7 +46,7 @@ class ObjectiveOptions:
     condition_dropout: float = 0.1
     schedule: ScheduleName = "linear"
     weighting: Weighting = "flat"
-    snr_clamp: float = pydantic.Field(5.0, gt=0)
+    snr_clamp: float = pydantic.Field(default=5.0, gt=0)
     modality_weights: dict[Literal["text", "image"], float] = field(default_factory=lambda: {"text": 1.0, "image": 1.0})
     min_t: float = 1e-3
 

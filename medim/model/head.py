@@ -53,7 +53,7 @@ def restricted_cross_entropy(
     wanted = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     keep = wanted and sum(n * (b - a) for n, a, b in groups) * 4 <= CHUNK_BYTES
     chunks = list(_chunks(groups))
-    return _RestrictedCrossEntropy.apply(hidden, weight, targets, chunks, dtype, keep)  # type: ignore[no-untyped-call]
+    return _RestrictedCrossEntropy.apply(hidden, weight, targets, chunks, dtype, keep)
 
 
 class RestrictedHead(nn.Linear):
@@ -91,7 +91,7 @@ class RestrictedHead(nn.Linear):
         head.weight = linear.weight
         return head.train(linear.training)
 
-    def forward(  # type: ignore[override]  # nn.Linear has fewer arguments
+    def forward(
         self,
         hidden: Float[Tensor, "*rows D"],
         targets: Int[Tensor, "N"] | None = None,
