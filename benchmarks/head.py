@@ -56,8 +56,9 @@ class Case:
     stops: tuple[int, int]
 
     @classmethod
-    def make(cls, text: int, codes: int, tags: int, o: argparse.Namespace) -> Case:
-        """Random inputs; of each modality the share `o.mask_rate` is masked."""
+    def make(cls, sizes: tuple[int, int, int], o: argparse.Namespace) -> Case:
+        """Random inputs at sizes of text, codes and tags; of each modality the share `o.mask_rate` is masked."""
+        text, codes, tags = sizes
         generator = torch.Generator().manual_seed(o.seed)
         size, length = text + codes + tags, o.text + o.codes
         starts, stops = (0, text + tags), (text, size)
@@ -145,9 +146,9 @@ class Case:
         return run
 
 
-def measure(sizes: Sequence[int], o: argparse.Namespace) -> dict[str, Any]:
+def measure(parts: tuple[int, int, int], o: argparse.Namespace) -> dict[str, Any]:
     """All figures at one vocabulary (sizes of text, codes, tags); prints their table."""
-    case = Case.make(*sizes, o=o)
+    case = Case.make(parts, o)
     ways = {name: case.step(forward) for name, forward in case.ways().items()}
     absent = {}
     expected = ways["rows"]()
@@ -155,7 +156,7 @@ def measure(sizes: Sequence[int], o: argparse.Namespace) -> dict[str, Any]:
         try:
             value = case.step(forward)()
         except ImportError as error:
-            absent[name] = f"not installed ({error})"
+            absent[name] = f"not installed, or it lacks something: {error}"
         except Exception as error:  # a library may fail in any way where it was not meant to run
             absent[name] = f"does not run here: {type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
         else:
@@ -210,12 +211,20 @@ def count(case: Case, o: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def sizes(said: str) -> tuple[int, int, int]:
+    """Sizes of text, codes and tags from the command line."""
+    parts = said.split("+")
+    if len(parts) != 3 or not all(part.isdigit() for part in parts):
+        raise argparse.ArgumentTypeError(f"{said}: three numbers are needed, as 32000+8192+4")
+    return int(parts[0]), int(parts[1]), int(parts[2])
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument(
-        "--vocabulary", nargs="+", default=["32000+8192+4", "256000+8192+0"], metavar="TEXT+CODES+TAGS",
-        help="sizes of a vocabulary's parts; the default is MeDiM's and Liquid's",
+        "--vocabulary", nargs="+", type=sizes, default=[(32000, 8192, 4), (256000, 8192, 0)],
+        metavar="TEXT+CODES+TAGS", help="sizes of a vocabulary's parts; the default is MeDiM's and Liquid's",
     )  # fmt: skip
     found.add_argument("--codes", type=int, default=1024, help="codes in a row")
     found.add_argument("--text", type=int, default=256, help="text tokens in a row")
@@ -232,11 +241,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> dict[str, Any]:
     """Run the benchmark; returns what its last line says."""
     o = parser().parse_args(argv)
-    sizes = [[int(part) if part.isdigit() else -1 for part in one.split("+")] for one in o.vocabulary]
-    if any(len(one) != 3 or min(one) < 0 for one in sizes):
-        parser().error(f"--vocabulary {' '.join(o.vocabulary)}: three numbers are needed, as 32000+8192+4")
     print(f"{report.device_name(o.device)}; B={o.batch} L={o.codes}+{o.text} D={o.width} {o.dtype}\n")
-    figures = {str(sum(one)): measure(one, o) for one in sizes}
+    figures = {str(sum(one)): measure(one, o) for one in o.vocabulary}
     return report.finish("head", figures, argv=argv, device=o.device, seed=o.seed, packages=LIBRARIES)
 
 

@@ -36,7 +36,7 @@ def test_the_last_line_is_the_report(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_the_ways_are_the_losses_that_they_are_said_to_be() -> None:
-    case = head.Case.make(60, 20, 2, head.parser().parse_args(SMALL))
+    case = head.Case.make((60, 20, 2), head.parser().parse_args(SMALL))
     values = {name: float(way().detach()) for name, way in case.ways().items()}
     logits = case.head.weight @ case.hidden.detach().flatten(0, 1)[case.rows].T
     text, codes = case.counts
@@ -64,7 +64,7 @@ def test_the_peak_is_that_of_the_call() -> None:
     peak = report.peak_memory(lambda: float((torch.ones(4, 2**20) + 1).sum()), "cpu")
     if peak is None:
         pytest.skip("no /proc")
-    assert 31 * 2**20 <= peak  # two of 16; the kernel counts pages in batches
+    assert peak >= 31 * 2**20  # two of 16; the kernel counts pages in batches
     assert peak < 3 * 16 * 2**20
     small = report.peak_memory(lambda: float(torch.ones(2**20).sum()), "cpu")
     assert small is not None and 3 * 2**20 <= small < 8 * 2**20  # nothing is left of the larger one
