@@ -13,8 +13,8 @@ What is compared, on the same hidden states [B, L, D], output matrix [V, D] and 
 - ``cut-cross-entropy``, ``liger``: fused linear cross-entropy libraries, if one is installed and runs on the device.
 
 `peak` is what a call needs beyond its inputs (`benchmarks.report.peak_memory` says how it is measured): with the
-gradients of hidden states and matrix, which each of them must make. The floor is by count: three products of each
-logit's D terms, and the bytes of both gradients.
+gradients of hidden states and matrix, which each of them must make. The first command takes some minutes and 4 GB.
+The floor is by count: three products of each logit's D terms, and the bytes of both gradients.
 """
 
 from __future__ import annotations

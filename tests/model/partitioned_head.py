@@ -45,7 +45,7 @@ def reference(tied: bool) -> dict[str, torch.Tensor]:
     net = Net(tied)
     for step in range(STEPS):
         net.zero_grad()
-        sum(net(*data(step, rank)).sum() for rank in range(2)).backward()  # type: ignore[union-attr]
+        sum(net(*data(step, rank)).sum() for rank in range(2)).backward()
         with torch.no_grad():
             for parameter in net.parameters():
                 assert parameter.grad is not None

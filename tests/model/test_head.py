@@ -7,7 +7,6 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -381,20 +380,24 @@ def free_port() -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("how", ["zero3", "fsdp"])
-def test_where_two_processes_share_the_weight(how: str, tied: bool, request: pytest.FixtureRequest) -> None:
+def test_where_two_processes_share_the_weight(how: str, tied: bool) -> None:
     if how == "zero3":
         pytest.importorskip("deepspeed")
-    worker: Callable[[int], subprocess.Popen[str]] = lambda rank: subprocess.Popen(  # noqa: E731
-        [sys.executable, str(Path(__file__).parent / "partitioned_head.py"), how, "tied" if tied else "untied"],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={
+    port = str(free_port())
+
+    def start(rank: int) -> subprocess.Popen[str]:
+        environment = {
             **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": port, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
             "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-        },
-    )  # fmt: skip
-    port = str(free_port())
-    processes = [worker(rank) for rank in range(2)]
+        }  # fmt: skip
+        script = str(Path(__file__).parent / "partitioned_head.py")
+        command = [sys.executable, script, how, "tied" if tied else "untied"]
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    processes = [start(rank) for rank in range(2)]
     try:
         said = [process.communicate(timeout=170)[0] for process in processes]
     finally:
