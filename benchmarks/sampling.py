@@ -1,7 +1,7 @@
 """What sampling costs, each way against a named alternative, paired, in one run.
 
-python benchmarks/sampling.py                                    # all three parts, 2 CPU cores: see docs/sampling.md
-python benchmarks/sampling.py --parts cache,batch --n 8          # small, a minute
+    python -m benchmarks.sampling                                    # all three parts, 2 CPU cores
+    python -m benchmarks.sampling --parts cache,batch --n 8          # small, a minute
 
 plans   pairs of the model's own plan against 128-step confidence sampling (MaskGIT's, which the paper uses): forward
         passes, positions run, and coherence of report and image, on the same studies' seeds
@@ -13,15 +13,19 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from report import finish, table
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that `python benchmarks/sampling.py` runs too
+
+from benchmarks import report
 from eval.measure import READERS
 from medim.canvas import Canvas, Segment, layout
 from medim.data import embedded
@@ -37,8 +41,7 @@ def timed(work: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
     """What `work` returns, and its seconds."""
     started = time.perf_counter()
     result = work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    report.synchronize(str(device))
     return result, time.perf_counter() - started
 
 
@@ -98,13 +101,14 @@ def cache(model: MeDiM, seed: int, batch_sizes: Sequence[int], repeats: int, ste
             for _ in range(size)
         ]
         canvas = Canvas.collate(rows, vocabulary.eos).to(network.device)
-        report, seconds, made = canvas.has_role("report"), {True: [], False: []}, {}
+        where, made = canvas.has_role("report"), {}
+        seconds: dict[bool, list[float]] = {True: [], False: []}
 
-        def write(kept: bool, canvas: Canvas = canvas, report: torch.Tensor = report) -> torch.Tensor:
+        def write(kept: bool, canvas: Canvas = canvas, where: torch.Tensor = where) -> torch.Tensor:
             generator = torch.Generator(network.device).manual_seed(seed)
-            denoiser = network.denoiser(canvas, report, cache=kept)
+            denoiser = network.denoiser(canvas, where, cache=kept)
             plan = Plan("ancestral", steps=steps)
-            return sample(denoiser, canvas.ids, report, plan, mask_id=vocabulary.mask, generator=generator)
+            return sample(denoiser, canvas.ids, where, plan, mask_id=vocabulary.mask, generator=generator)
 
         for _ in range(repeats + 1):
             for kept in (True, False):
@@ -152,43 +156,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "batch" in parts:
         n = max(8, args.n // 80 * 8)
         figures["batch"] = batch(model, args.seed, n, max(1, args.repeats // 2))
-        rows = [[f"batch {size}", f"{rate:.2f}"] for size, rate in figures["batch"]["samples_a_second"].items()]
-        table(["pairs", "samples/s"], rows)
-        print(f"{figures['batch']['times_faster']:.2f} times; {figures['batch']['same_samples']} of {n} samples equal\n")
+        rate = figures["batch"]["samples_a_second"]
+        print(report.table([["pairs", "samples/s"], *([f"batch {size}", f"{rate[size]:.2f}"] for size in rate)]))
+        print(f"{figures['batch']['times_faster']:.2f} times; {figures['batch']['same_samples']} of {n} equal\n")
     if "plans" in parts:
         figures["plans"] = plans(model, args.n, args.seed, args.batch_size)
-        table(
-            ["pairs", "forward passes", "s a sample", "coherence", "95% interval", "floor"],
-            [
-                [
-                    name,
-                    row["forward_passes"],
-                    f"{row['seconds_a_sample']:.2f}",
-                    f"{row['coherence']:.3f}",
-                    "{:.3f} to {:.3f}".format(*row["interval"]),
-                    f"{row['floor']:.3f}",
-                ]
-                for name, row in figures["plans"]["ways"].items()
-            ],
-        )
-        print()
+        rows = [["pairs", "forward passes", "s a sample", "coherence", "95% interval", "floor"]]
+        for name, row in figures["plans"]["ways"].items():
+            interval = "{:.3f} to {:.3f}".format(*row["interval"])
+            cells = [f"{row['seconds_a_sample']:.2f}", f"{row['coherence']:.3f}", interval, f"{row['floor']:.3f}"]
+            rows.append([name, str(row["forward_passes"]), *cells])
+        print(report.table(rows) + "\n")
     if "cache" in parts:  # the last one: it changes the model's configuration
         figures["cache"] = cache(model, args.seed, (1, 8), args.repeats)
-        names = [name for name in figures["cache"] if name.startswith("batch")]
-        table(
-            ["reports, 256 codes + 64 text", "ms cached", "ms uncached", "times faster", "same"],
-            [
-                [
-                    name,
-                    f"{1000 * figures['cache'][name]['seconds_cached']:.0f}",
-                    f"{1000 * figures['cache'][name]['seconds_uncached']:.0f}",
-                    f"{figures['cache'][name]['times_faster']:.2f}",
-                    figures["cache"][name]["same_reports"],
-                ]
-                for name in names
-            ],
-        )
-    finish(figures, seed=args.seed, device=args.device)
+        rows = [["reports, 256 codes + 64 text", "ms cached", "ms uncached", "times faster", "same"]]
+        for name, row in figures["cache"].items():
+            if name.startswith("batch"):
+                cells = [f"{1000 * row[key]:.0f}" for key in ("seconds_cached", "seconds_uncached")]
+                rows.append([name, *cells, f"{row['times_faster']:.2f}", str(row["same_reports"])])
+        print(report.table(rows))
+    report.finish("sampling", figures, argv=sys.argv[1:] if argv is None else argv, device=args.device, seed=args.seed)
     return 0
 
 

@@ -10,14 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-Weighting = Literal["mdlm", "flat"]
-ScheduleName = Literal["linear", "cosine"]
+Weighting = Literal["mdlm", "flat", "min_snr"]
+ScheduleName = Literal["linear", "cosine", "polynomial"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,13 @@ class Schedule:
     """alpha(t): the probability that a position is still clean at noise level t; alpha(0)=1, alpha(1)=0.
 
     ``linear``: alpha = 1 - t (MDLM's log-linear schedule); ``cosine``: alpha = 1 - sin(pi t / 2) (MaskGIT's: few
-    positions are revealed first).
+    positions are revealed first); ``polynomial``: alpha = 1 - t^power. All three are in MD4's table 1.
+
+    Attributes:
+        power: of ``polynomial`` only; 1 is linear, above 1 fewer positions are masked at each t.
+
+    Raises:
+        ValueError: an unknown name; a power that is not a positive number.
 
     Example:
         >>> Schedule("linear").alpha(torch.tensor([0.0, 0.25, 1.0]))
@@ -33,22 +39,64 @@ class Schedule:
     """
 
     name: ScheduleName = "linear"
+    power: float = 2.0
+
+    def __post_init__(self) -> None:
+        if self.name not in get_args(ScheduleName):
+            raise ValueError(f"unknown schedule {self.name!r}: one of {', '.join(get_args(ScheduleName))}")
+        if not 0 < self.power < math.inf:
+            raise ValueError(f"power={self.power}: a positive number is needed")
+
+    @property
+    def exponent(self) -> float:
+        """p of alpha = 1 - t^p, for all but ``cosine``."""
+        return self.power if self.name == "polynomial" else 1.0
+
+    def mask_probability(self, t: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """1 - alpha(t), without the rounding of 1 - (1 - x)."""
+        return torch.sin(t * (math.pi / 2)) if self.name == "cosine" else t**self.exponent
 
     def alpha(self, t: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """The clean probability, same shape as `t`."""
-        return 1 - t if self.name == "linear" else 1 - torch.sin(t * (math.pi / 2))
+        return 1 - self.mask_probability(t)
 
     def derivative(self, t: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        """alpha'(t), negative."""
-        return -torch.ones_like(t) if self.name == "linear" else -(math.pi / 2) * torch.cos(t * (math.pi / 2))
+        """alpha'(t), not positive; the cosine's is 0 at t=1, the polynomial's at t=0 if its power is above 1."""
+        if self.name == "cosine":
+            return -(math.pi / 2) * torch.sin((1 - t) * (math.pi / 2))
+        return -self.exponent * t ** (self.exponent - 1)
 
     def inverse(self, alpha: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """The noise level at which a share `alpha` is clean."""
-        return 1 - alpha if self.name == "linear" else torch.asin(1 - alpha) * (2 / math.pi)
+        return torch.asin(1 - alpha) * (2 / math.pi) if self.name == "cosine" else (1 - alpha) ** (1 / self.exponent)
 
     def weight(self, t: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        """-alpha'(t) / (1 - alpha(t)): the weight of a masked position's cross-entropy (MDLM eq. 10); 1/t if linear."""
-        return -self.derivative(t) / (1 - self.alpha(t))
+        """-alpha'(t) / (1 - alpha(t)): the weight of a masked position's cross-entropy (MDLM eq. 10).
+
+        1/t if linear, power/t if polynomial, pi/2 cot(pi t / 2) if cosine. All have a pole at t=0 (the value there is
+        inf); at t=1 they are 1, power and 0.
+        """
+        if self.name == "cosine":
+            return -self.derivative(t) / self.mask_probability(t)
+        return self.exponent / t
+
+
+def loss_weight(
+    schedule: Schedule, weighting: Weighting, t: Float[Tensor, "..."], clamp: float = 5.0
+) -> Float[Tensor, "..."]:
+    """The factor on the cross-entropy of a position that is masked at noise level t, same shape as `t`.
+
+    ``mdlm``: `schedule.weight(t)`; only this makes the loss the likelihood bound (MDLM eq. 10).
+    ``flat``: 1, MaskGIT's; not the bound. For the linear schedule it is the bound's integrand times t.
+    ``min_snr``: min(`schedule.weight(t)`, `clamp`); not the bound but below it, as small t count for less. The idea,
+    and the default of 5, are from Min-SNR (Hang et al. 2023, arXiv 2303.09556), which clamps a Gaussian diffusion's
+    signal-to-noise ratio. What is clamped here is the weight itself; for the linear schedule that is 1 + alpha/(1 -
+    alpha), one more than the ratio of clean to masked, so that every t below 1/clamp has the same weight.
+    """
+    if weighting == "flat":
+        return torch.ones_like(t)
+    weight = schedule.weight(t)
+    return weight.clamp(max=clamp) if weighting == "min_snr" else weight
 
 
 LINEAR = Schedule("linear")

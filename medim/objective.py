@@ -12,15 +12,15 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
+import pydantic
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from medim.canvas import ROLES, Canvas
 from medim.config import options
-from medim.diffusion import Schedule, ScheduleName, Weighting
-from medim.model.head import restricted_cross_entropy
-from medim.model.medim import ConditionAttention
+from medim.diffusion import Schedule, ScheduleName, Weighting, loss_weight
+from medim.model.medim import ConditionAttention, Scored
 from medim.vocabulary import KINDS
 
 T_BINS = 10
@@ -37,8 +37,11 @@ class ObjectiveOptions:
         condition_dropout: probability that the given segment is wholly masked instead (trains guidance).
         condition_attention: whether given segments attend to generated ones (``full``, the paper's) or only to each
             other (``prefix``: sampling computes them once).
-        weighting: ``mdlm`` is the bound's -alpha'/(1-alpha), ``flat`` is MaskGIT's 1.
-        modality_weights: factor on the loss of text and of image positions.
+        schedule, schedule_power: alpha(t), see `medim.diffusion.Schedule`; the power is the polynomial's.
+        weighting: ``mdlm`` is the bound's -alpha'/(1-alpha), ``flat`` is MaskGIT's 1, ``min_snr`` is the smaller of the
+            bound's and `snr_clamp`. Only the first is the bound: see `medim.diffusion.loss_weight`.
+        snr_clamp: the largest weight of ``min_snr``; the others ignore it.
+        modality_weights: factor on text and on image positions, both in the loss and in the count that divides it.
         min_t: the smallest noise level drawn: the bound's weight has a pole at t=0.
     """
 
@@ -46,7 +49,9 @@ class ObjectiveOptions:
     condition_dropout: float = 0.1
     condition_attention: ConditionAttention = "full"
     schedule: ScheduleName = "linear"
+    schedule_power: float = pydantic.Field(default=2.0, gt=0)
     weighting: Weighting = "flat"
+    snr_clamp: float = pydantic.Field(default=5.0, gt=0)
     modality_weights: dict[Literal["text", "image"], float] = field(default_factory=lambda: {"text": 1.0, "image": 1.0})
     min_t: float = 1e-3
 
@@ -135,7 +140,7 @@ def make_batch(
     noise = np.stack([np.random.default_rng([seed, 2, step, place]).random(longest) for place in places])
     at = np.clip(segment, 0, None)
     level = np.where(here, np.take_along_axis(t, at, 1), 0.0)
-    alpha = Schedule(o.schedule).alpha(torch.from_numpy(level)).numpy()
+    alpha = Schedule(o.schedule, o.schedule_power).alpha(torch.from_numpy(level)).numpy()
     masked = (noise[study, position] < 1 - alpha) & here
     learning = here & np.take_along_axis(supervised, at, 1)
     scored = (masked & learning).ravel()
@@ -156,32 +161,26 @@ def count(batch: Batch, o: ObjectiveOptions) -> float:
 
 
 def loss(model: nn.Module, batch: Batch, o: ObjectiveOptions) -> Loss:
-    """Weighted cross-entropy at masked positions (MDLM eq. 10; MaskGIT's when weighting is flat).
+    """Weighted cross-entropy at masked positions (MDLM eq. 10), weighed as `ObjectiveOptions.weighting` says.
 
     `model` is a `MeDiMModel` or its DDP wrapper.
 
     The mean over the global batch is the sum of `Loss.total` over the sum of `count`, both over all processes.
     """
     canvas = batch.canvas
-    level = canvas.segment.clamp(min=0)
     tagged = torch.cat([batch.t, torch.zeros_like(batch.t[:, :1])], dim=1)  # tags and padding are always given: t=0
-    level = torch.where(canvas.segment < 0, batch.t.shape[1], level)
+    level = torch.where(canvas.segment < 0, batch.t.shape[1], canvas.segment)
     network: Any = model.module if hasattr(model, "module") else model  # DDP's wrapper runs, the inner one knows
-    hidden = model(canvas.ids, tagged, level, **network.attention(canvas, batch.given)).flatten(0, 1)
-    t_flat = tagged.gather(1, level).flatten()
-    schedule, weight = Schedule(o.schedule), network.output_weight
-    total = hidden.new_zeros((), dtype=torch.float32)
-    nats = torch.zeros(len(KINDS), T_BINS, device=hidden.device)
+    score = Scored(torch.cat(batch.rows), torch.cat(batch.targets), tuple(map(len, batch.rows)))
+    every = model(canvas.ids, tagged, level, score=score, **network.attention(canvas, batch.given))
+    t_flat, schedule = tagged.gather(1, level).flatten(), Schedule(o.schedule, o.schedule_power)
+    total = every.new_zeros(())
+    nats = torch.zeros(len(KINDS), T_BINS, device=every.device)
     positions = torch.zeros_like(nats)
-    for number, kind in enumerate(KINDS):
-        rows, targets = batch.rows[number], batch.targets[number]
-        if not len(rows):
-            continue
-        nll = restricted_cross_entropy(hidden[rows], weight, targets, *network.vocabulary.columns(kind))
-        t = t_flat[rows]
-        scale = schedule.weight(t) if o.weighting == "mdlm" else torch.ones_like(t)
-        total = total + o.modality_weights[kind] * (scale * nll).sum()
+    for number, (kind, nll) in enumerate(zip(KINDS, every.split(score.sizes), strict=True)):
+        t = t_flat[batch.rows[number]]
+        total = total + o.modality_weights[kind] * (loss_weight(schedule, o.weighting, t, o.snr_clamp) * nll).sum()
         cell = (t * T_BINS).long().clamp(max=T_BINS - 1)
-        nats[number].index_add_(0, cell, nll.detach())
+        nats[number].index_add_(0, cell, nll.detach().float())
         positions[number].index_add_(0, cell, torch.ones_like(t))
     return Loss(total, nats, positions)

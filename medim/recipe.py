@@ -12,6 +12,7 @@ from pydantic import Field
 from medim.config import options
 from medim.data import embedded, prepare
 from medim.data.phantom import Outlines
+from medim.diffusion import Schedule
 from medim.errors import UserError
 from medim.model.medim import MeDiMModel, ModelOptions
 from medim.objective import ObjectiveOptions
@@ -76,11 +77,10 @@ def make_task(config: TrainConfig) -> DiffusionTask:
         text = TextTokenizer.from_pretrained(config.text_tokenizer)
         joint = JointTokenizer.build(text, VQTokenizer.from_pretrained(config.image_tokenizer), config.slot)
         model, sampling = MeDiMModel.from_options(config.model, joint.vocabulary), Sampling()
-        model.config.schedule = config.objective.schedule
-    if model.config.schedule != config.objective.schedule:
-        raise UserError(
-            f"objective.schedule={config.objective.schedule}: {config.init} was trained with {model.config.schedule}"
-        )
+        model.config.schedule, model.config.schedule_power = config.objective.schedule, config.objective.schedule_power
+    wanted = Schedule(config.objective.schedule, config.objective.schedule_power)
+    if model.schedule != wanted:
+        raise UserError(f"objective.schedule: {wanted} is asked for, {config.init} was trained with {model.schedule}")
     model.config.condition_dropout = config.objective.condition_dropout
     model.config.condition_attention = config.objective.condition_attention
     folder = Path(config.data.path)

@@ -9,9 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-from medim.diffusion import Group, Schedule, corrupt, nelbo, nelbo_tokens, predict, token_nll
+from medim.diffusion import Group, Schedule, corrupt, loss_weight, nelbo, nelbo_tokens, predict, token_nll
 
-both_schedules = pytest.mark.parametrize("schedule", [Schedule("linear"), Schedule("cosine")], ids=lambda s: s.name)
+SCHEDULES = [
+    Schedule("linear"),
+    Schedule("cosine"),
+    Schedule("polynomial"),
+    Schedule("polynomial", 3.5),
+    Schedule("polynomial", 0.5),
+]
+all_schedules = pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: f"{s.name} {s.power}")
+one_of_each = pytest.mark.parametrize("schedule", SCHEDULES[:3], ids=lambda s: s.name)
 both_masks = pytest.mark.parametrize("mask_id", [4, 1], ids=["mask without column", "mask in a column"])
 
 
@@ -19,17 +27,37 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-@both_schedules
-def test_schedule_ends_falls_and_has_an_inverse(schedule: Schedule) -> None:
-    t = torch.linspace(0, 1, 101)
+@all_schedules
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_schedule_ends(schedule: Schedule, dtype: torch.dtype) -> None:
+    ends = torch.tensor([0.0, 1.0], dtype=dtype)
+    assert schedule.alpha(ends).tolist() == [1, 0]
+    assert schedule.mask_probability(ends).tolist() == [0, 1]
+    back = schedule.inverse(torch.tensor([1.0, 0.0], dtype=dtype))
+    assert back[0] == 0 and float(back[1]) == pytest.approx(1, abs=2e-7)
+    slope, weight = schedule.derivative(ends).tolist(), schedule.weight(ends).tolist()
+    assert weight[0] == math.inf  # the pole, not 0/0
+    if schedule.name == "cosine":
+        assert slope == pytest.approx([-math.pi / 2, 0]) and slope[1] == 0 and weight[1] == 0
+    elif schedule.name == "linear":
+        assert slope == [-1, -1] and weight[1] == 1
+    else:
+        assert slope == [0 if schedule.power > 1 else -math.inf, -schedule.power] and weight[1] == schedule.power
+
+
+@all_schedules
+def test_schedule_falls_and_has_an_inverse(schedule: Schedule) -> None:
+    t = torch.linspace(0, 1, 101, dtype=torch.float64)
     alpha = schedule.alpha(t)
-    assert alpha[0] == 1 and abs(float(alpha[-1])) < 1e-6
     assert bool((alpha.diff() < 0).all())
-    torch.testing.assert_close(schedule.inverse(alpha), t, atol=2e-4, rtol=0)
-    assert schedule.inverse(torch.tensor(1.0)) == 0
+    torch.testing.assert_close(alpha + schedule.mask_probability(t), torch.ones_like(t))
+    # where alpha is flat its inverse is steep, and a rounding of 1e-16 is magnified
+    torch.testing.assert_close(schedule.inverse(alpha), t, atol=3e-8, rtol=0)
+    torch.testing.assert_close(schedule.alpha(schedule.inverse(t)), t, atol=1e-14, rtol=0)
+    assert schedule.alpha(torch.rand(2, 3)).shape == (2, 3)
 
 
-@both_schedules
+@all_schedules
 def test_schedule_derivative_and_weight(schedule: Schedule) -> None:
     t = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
     slope = (schedule.alpha(t + 1e-6) - schedule.alpha(t - 1e-6)) / 2e-6
@@ -37,15 +65,55 @@ def test_schedule_derivative_and_weight(schedule: Schedule) -> None:
     # the weight is the slope of log(1 - alpha), the log of the mask probability
     logs = ((1 - schedule.alpha(t + 1e-6)).log() - (1 - schedule.alpha(t - 1e-6)).log()) / 2e-6
     torch.testing.assert_close(schedule.weight(t), logs, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(schedule.weight(t), -schedule.derivative(t) / (1 - schedule.alpha(t)))
 
 
-def test_linear_weight_is_one_over_t_and_cosine_reveals_few_first() -> None:
-    t = torch.tensor([0.1, 0.5, 1.0])
+@pytest.mark.parametrize(("schedule", "at_pole"), [(s, 1.0 if s.name != "polynomial" else s.power) for s in SCHEDULES])
+def test_weight_near_the_pole_is_accurate_in_single_precision(schedule: Schedule, at_pole: float) -> None:
+    t = torch.tensor([1e-3, 1e-5, 1e-7])
+    torch.testing.assert_close(schedule.weight(t) * t, torch.full_like(t, at_pole), rtol=2e-6, atol=0)
+
+
+def test_weights_are_the_closed_forms() -> None:
+    t = torch.tensor([0.1, 0.25, 0.5, 0.9])
     torch.testing.assert_close(Schedule("linear").weight(t), 1 / t)
-    assert Schedule("cosine").alpha(torch.tensor(0.5)) == pytest.approx(1 - math.sqrt(0.5))
+    torch.testing.assert_close(Schedule("polynomial", 3.0).weight(t), 3 / t)
+    torch.testing.assert_close(Schedule("cosine").weight(t), math.pi / 2 / torch.tan(math.pi / 2 * t))
 
 
-@both_schedules
+def test_cosine_and_polynomial_mask_more_and_less_than_linear() -> None:
+    half = torch.tensor(0.5)
+    assert Schedule("cosine").alpha(half) == pytest.approx(1 - math.sqrt(0.5))
+    assert Schedule("polynomial").alpha(half) == 0.75
+    assert torch.equal(Schedule("polynomial", 1.0).alpha(half), Schedule("linear").alpha(half))
+
+
+@pytest.mark.parametrize("power", [0.0, -1.0, math.inf, math.nan])
+def test_a_power_that_gives_no_schedule_is_refused(power: float) -> None:
+    with pytest.raises(ValueError, match="a positive number"):
+        Schedule("polynomial", power)
+
+
+@all_schedules
+def test_loss_weights(schedule: Schedule) -> None:
+    t = torch.tensor([0.0, 1e-4, 0.15, 0.2, 0.5, 1.0])
+    weight = schedule.weight(t)
+    torch.testing.assert_close(loss_weight(schedule, "mdlm", t), weight, rtol=0, atol=0)
+    assert loss_weight(schedule, "flat", t).tolist() == [1.0] * 6
+    for clamp in (1.5, 5.0, 1e3):
+        clamped = loss_weight(schedule, "min_snr", t, clamp)
+        assert clamped.tolist() == [min(one, clamp) for one in weight.tolist()]
+        assert clamped[0] == pytest.approx(clamp)
+
+
+def test_min_snr_of_the_linear_schedule_clamps_below_one_over_the_clamp() -> None:
+    t = torch.tensor([0.05, 0.2, 0.25, 0.5, 1.0])
+    torch.testing.assert_close(loss_weight(Schedule("linear"), "min_snr", t), torch.tensor([5.0, 5.0, 4.0, 2.0, 1.0]))
+    signal_to_noise = Schedule("linear").alpha(t) / (1 - Schedule("linear").alpha(t))
+    torch.testing.assert_close(Schedule("linear").weight(t), signal_to_noise + 1)
+
+
+@all_schedules
 def test_corrupt_at_both_ends_and_in_between(schedule: Schedule) -> None:
     x0 = torch.arange(40_000).view(2, -1) % 7
     generate = torch.rand(x0.shape, generator=seeded(1)) < 0.5
@@ -87,7 +155,7 @@ def check_bound(toy: Any, given: list[int], schedule: Schedule) -> None:
         assert torch.equal(ids[~generate], x0[~generate]) and not bool(t[~generate].any())
 
 
-@both_schedules
+@one_of_each
 @both_masks
 def test_nelbo_of_an_exact_denoiser_is_the_likelihood(
     toy: Callable[..., Any], mask_id: int, schedule: Schedule
@@ -95,7 +163,7 @@ def test_nelbo_of_an_exact_denoiser_is_the_likelihood(
     check_bound(toy(mask_id=mask_id), [mask_id] * 3, schedule)
 
 
-@both_schedules
+@one_of_each
 def test_conditional_nelbo_is_the_conditional_likelihood(toy: Callable[..., Any], schedule: Schedule) -> None:
     check_bound(toy(length=4, values=3, mask_id=3), [3, 2, 3, 3], schedule)
     check_bound(toy(length=4, values=3, mask_id=1), [1, 2, 0, 1], schedule)

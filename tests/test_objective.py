@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from medim.canvas import ROLES, Canvas
+from medim.data.order import share
 from medim.diffusion import Schedule, nelbo_tokens
 from medim.model.medim import MeDiMModel
 from medim.objective import T_BINS, Batch, ObjectiveOptions, count, loss, make_batch, noise_levels
@@ -49,16 +50,74 @@ def test_noise_is_a_function_of_the_place_alone(batch_of: Any) -> None:
     assert not torch.equal(batch_of(list(range(8)), o, seed=6).t, whole.t)
 
 
-def test_noise_levels_are_stratified_over_the_global_batch() -> None:
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_noise_levels_are_stratified_over_the_global_batch(world: int, parts: int) -> None:
+    """The places are those that the ranks take, each in `parts` of its own for gradient accumulation."""
     size, o = 64, ObjectiveOptions(tasks={"pair": 1.0}, min_t=0.01)
     for step in range(5):
-        parts = [noise_levels(np.tile(BOTH, (16, 1)), range(k, k + 16), size, step, 0, o)[0] for k in range(0, 64, 16)]
-        t = np.concatenate(parts)
+        pieces, one_process_alone = [], []
+        for rank in range(world):
+            mine = np.arange(size)[share(size, rank, world)]
+            for places in np.array_split(mine, parts):
+                pieces.append(noise_levels(np.tile(BOTH, (len(places), 1)), places.tolist(), size, step, 0, o)[0])
+            one_process_alone.append(np.concatenate(pieces[-parts:]))
+        t = np.concatenate(pieces)
         assert t.min() >= 0.01 and t.max() <= 1
-        strata = np.floor((t - 0.01) / 0.99 * size).astype(int)
+        where = (t.astype(np.float64) - 0.01) / 0.99 * size
+        strata = np.floor(where).astype(int).clip(max=size - 1)
         for segment in range(2):
-            assert sorted(strata[:, segment].clip(max=size - 1)) == list(range(size))
+            assert sorted(strata[:, segment]) == list(range(size))
         assert abs(np.corrcoef(t.T)[0, 1]) < 0.5  # each segment has its own
+        for mine in one_process_alone if world > 1 else []:  # had each process its own strata, these would be met too
+            local = np.floor((mine[:, 0] - 0.01) / 0.99 * len(mine)).astype(int)
+            assert sorted(local) != list(range(len(mine)))
+
+
+def test_modality_weights_scale_the_loss_and_the_count(tiny_network: MeDiMModel, batch_of: Any) -> None:
+    batch = batch_of(list(range(8)), ObjectiveOptions())
+
+    def run(text: float, image: float) -> tuple[float, float, torch.Tensor]:
+        o = ObjectiveOptions(weighting="mdlm", modality_weights={"text": text, "image": image})
+        tiny_network.zero_grad()
+        found = loss(tiny_network, batch, o)
+        found.total.backward()
+        assert tiny_network.output_weight.grad is not None
+        return found.total.item(), count(batch, o), tiny_network.output_weight.grad.clone()
+
+    text, image, both = run(1, 0), run(0, 1), run(3, 0.5)
+    assert (text[1], image[1]) == tuple(len(rows) for rows in batch.rows)
+    for one, other, sum_of in zip(text, image, both, strict=True):
+        torch.testing.assert_close(
+            torch.as_tensor(sum_of), torch.as_tensor(3 * one + 0.5 * other), rtol=1e-4, atol=1e-4
+        )
+    start, stop = tiny_network.vocabulary.columns("image")
+    tied = tiny_network.get_input_embeddings().weight is tiny_network.output_weight
+    assert tied or not bool(text[2][start:stop].any())
+    scaled = run(6, 1)  # only the ratio of the weights matters to the mean
+    assert scaled[0] / scaled[1] == pytest.approx(both[0] / both[1], rel=1e-5)
+
+
+def test_the_report_puts_each_nat_in_its_modality_and_tenth(tiny_network: MeDiMModel, batch_of: Any) -> None:
+    """One row at a time, so that a bin holds one segment's positions; the last bin includes t=1."""
+    for place in range(8):
+        batch = batch_of([place], ObjectiveOptions(tasks={"pair": 1.0}))
+        found = loss(tiny_network, batch, ObjectiveOptions(modality_weights={"text": 7.0, "image": 0.0}))
+        for number, kind in enumerate(KINDS):
+            t = float(batch.t[0, 1 if kind == "text" else 0])  # the image comes first in a row
+            wanted = torch.zeros(T_BINS)
+            wanted[min(int(t * T_BINS), T_BINS - 1)] = len(batch.rows[number])
+            assert torch.equal(found.positions[number], wanted)
+            assert torch.equal(found.nats[number] > 0, wanted > 0)  # not weighed
+    masked = batch_of(list(range(8)), ObjectiveOptions(tasks={"report": 1.0}, condition_dropout=0.0))
+    at_one = Batch(masked.canvas, torch.ones_like(masked.t), masked.rows, masked.targets)
+    bins = loss(tiny_network, at_one, ObjectiveOptions()).positions.sum(0)
+    assert float(bins[-1]) == float(bins.sum()) > 0
+
+
+def test_a_clamp_must_be_positive() -> None:
+    with pytest.raises(ValueError, match="snr_clamp"):
+        ObjectiveOptions(weighting="min_snr", snr_clamp=0.0)
 
 
 def test_tasks_come_as_often_as_they_weigh() -> None:
@@ -100,7 +159,7 @@ def test_given_segments_are_clean_or_masked_and_never_supervised(
     assert torch.equal(batch.targets[0], clean.ids.flatten()[text])
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "polynomial"])
 def test_the_share_of_masked_positions_is_that_of_the_schedule(
     make_rows: Any, vocabulary: Vocabulary, schedule: Any
 ) -> None:
@@ -114,12 +173,14 @@ def test_the_share_of_masked_positions_is_that_of_the_schedule(
     assert float(torch.corrcoef(torch.stack([off + rate[text], rate[text]]))[0, 1]) > 0.4
 
 
-@pytest.mark.parametrize("weighting", ["flat", "mdlm"])
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("weighting", ["flat", "mdlm", "min_snr"])
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "polynomial"])
 def test_the_loss_is_the_plain_one_of_all_logits(
     tiny_network: MeDiMModel, batch_of: Any, schedule: Any, weighting: Any
 ) -> None:
-    o = ObjectiveOptions(schedule=schedule, weighting=weighting, modality_weights={"text": 2.0, "image": 0.5})
+    o = ObjectiveOptions(
+        schedule=schedule, weighting=weighting, snr_clamp=2.5, modality_weights={"text": 2.0, "image": 0.5}
+    )
     batch = batch_of(list(range(8)), o)
     found = loss(tiny_network, batch, o)
 
@@ -127,7 +188,7 @@ def test_the_loss_is_the_plain_one_of_all_logits(
     t = torch.where(canvas.segment < 0, 0.0, batch.t.gather(1, canvas.segment.clamp(min=0)))
     each = torch.arange(t.shape[1]).expand(t.shape)
     logits = tiny_network(canvas.ids, t, each, canvas.valid) @ tiny_network.output_weight.T
-    total, weighed = torch.zeros(()), 0.0
+    total, weighed, clamped = torch.zeros(()), 0.0, 0
     nats, positions = torch.zeros(2, T_BINS), torch.zeros(2, T_BINS)
     for number, kind in enumerate(KINDS):
         start, stop = vocabulary.columns(kind)
@@ -135,11 +196,14 @@ def test_the_loss_is_the_plain_one_of_all_logits(
             b, i = divmod(row, t.shape[1])
             assert canvas.ids[b, i] == vocabulary.mask
             nll = -logits[b, i, start:stop].log_softmax(0)[target - start]
-            scale = float(Schedule(schedule).weight(t[b, i])) if weighting == "mdlm" else 1.0
+            scale = float(Schedule(schedule).weight(t[b, i])) if weighting != "flat" else 1.0
+            clamped += weighting == "min_snr" and scale > 2.5
+            scale = min(scale, 2.5) if weighting == "min_snr" else scale
             total = total + {"text": 2.0, "image": 0.5}[kind] * scale * nll
             weighed += {"text": 2.0, "image": 0.5}[kind]
             nats[number, min(int(t[b, i] * T_BINS), T_BINS - 1)] += nll.detach()
             positions[number, min(int(t[b, i] * T_BINS), T_BINS - 1)] += 1
+    assert (clamped > 0) == (weighting == "min_snr")  # or the clamp would not be seen
     torch.testing.assert_close(found.total, total, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(found.nats, nats, rtol=1e-5, atol=1e-4)
     assert torch.equal(found.positions, positions)
@@ -193,7 +257,7 @@ def test_packed_rows_have_the_losses_and_gradients_of_padded_ones(
         torch.testing.assert_close(slopes_too[name], value, rtol=1e-3, atol=1e-3 * float(value.abs().max()) + 1e-6)
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "polynomial"])
 def test_the_mdlm_loss_is_the_bound(
     tiny_network: MeDiMModel, make_rows: Any, vocabulary: Vocabulary, schedule: Any
 ) -> None:

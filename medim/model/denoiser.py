@@ -17,7 +17,6 @@ from transformers import DynamicCache
 from medim.canvas import Canvas
 from medim.diffusion import Group
 from medim.model.attention import key_mask
-from medim.model.head import restricted_logits
 from medim.vocabulary import KINDS
 
 if TYPE_CHECKING:
@@ -148,7 +147,7 @@ class BoundDenoiser:
 
     def __call__(self, ids: Int[Tensor, "B L"], t: Float[Tensor, "B L"]) -> Float[Tensor, "B L V"]:
         """All logits, never from memory; -inf outside the columns of a position's kind."""
-        logits = self._all(ids, t) @ self.model.output_weight.T
+        logits = self.model.head(self._all(ids, t))
         allowed = torch.zeros(len(KINDS) + 1, logits.shape[-1], dtype=torch.bool, device=logits.device)
         for number, kind in enumerate(KINDS):
             start, stop = self.model.vocabulary.columns(kind)
@@ -164,14 +163,14 @@ class BoundDenoiser:
     def _logits(
         self, hidden: Float[Tensor, "B _ D"], groups: Sequence[Group], part: _Part | None = None
     ) -> list[Float[Tensor, "_ _"]]:
-        flat, weight, parts = hidden.flatten(0, 1), self.model.output_weight, []
+        flat, parts = hidden.flatten(0, 1), []
         for group in groups:
             rows = group.rows
             if part is not None:
                 length = self.generate.shape[1]
                 row = torch.div(rows, length, rounding_mode="floor")
                 rows = row * part.size + part.slot[row % len(self.generate), rows % length]
-            parts.append(restricted_logits(flat[rows], weight, group.start, group.stop))
+            parts.append(self.model.head(flat[rows], start=group.start, stop=group.stop))
         return parts
 
     def _levels(self, ids: Tensor, t: Float[Tensor, "B L"]) -> tuple[Float[Tensor, "B T"], Int[Tensor, "B L"]]:

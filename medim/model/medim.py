@@ -7,7 +7,7 @@ vocabulary.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -22,7 +22,8 @@ from medim.model.adaln import AdaLN, TimeEmbedding
 from medim.model.attention import attention_of, key_mask
 from medim.model.backbone import BackboneOptions, config_from_options, decoder_layers, grow_vocabulary, make_backbone
 from medim.model.denoiser import BoundDenoiser
-from medim.vocabulary import Vocabulary
+from medim.model.head import RestrictedHead
+from medim.vocabulary import KINDS, Vocabulary
 
 
 @options
@@ -54,6 +55,7 @@ class MeDiMConfig(PreTrainedConfig):
         vocabulary: dict[str, Any] | None = None,
         adaln_dim: int = 128,
         schedule: ScheduleName = "linear",
+        schedule_power: float = 2.0,
         places: int = 0,
         condition_dropout: float = 0.0,
         condition_attention: ConditionAttention = "full",
@@ -63,10 +65,24 @@ class MeDiMConfig(PreTrainedConfig):
         self.vocabulary = vocabulary or {}
         self.adaln_dim = adaln_dim
         self.schedule = schedule
+        self.schedule_power = schedule_power
         self.places = places
         self.condition_dropout = condition_dropout
         self.condition_attention = condition_attention
         super().__init__(**kwargs)
+
+
+class Scored(NamedTuple):
+    """Rows whose cross-entropy is wanted: places in the flattened [B*Q], grouped by kind in the order of `KINDS`.
+
+    Attributes:
+        targets: their clean ids.
+        sizes: how many rows each kind has.
+    """
+
+    rows: Int[Tensor, "N"]
+    targets: Int[Tensor, "N"]
+    sizes: tuple[int, ...]
 
 
 class PlaceEmbedding(nn.Embedding):
@@ -93,6 +109,7 @@ class MeDiMModel(PreTrainedModel):
         inner._attn_implementation = config._attn_implementation or "sdpa"
         self.vocabulary = Vocabulary.from_dict(config.vocabulary)
         self.backbone = make_backbone(inner)
+        self.backbone.set_output_embeddings(RestrictedHead.from_linear(self.backbone.get_output_embeddings()))
         self.place = PlaceEmbedding(config.places + 1, inner.hidden_size) if config.places else None
         self.time = TimeEmbedding(config.adaln_dim)
         self.adaln = nn.ModuleList(
@@ -137,12 +154,17 @@ class MeDiMModel(PreTrainedModel):
     @property
     def schedule(self) -> Schedule:
         """The noise schedule that the weights were trained with."""
-        return Schedule(self.config.schedule)
+        return Schedule(self.config.schedule, self.config.schedule_power)
+
+    @property
+    def head(self) -> RestrictedHead:
+        """The output matrix as a module: what is wanted of it, it computes inside its own forward pass."""
+        return self.backbone.get_output_embeddings()
 
     @property
     def output_weight(self) -> Float[Tensor, "V D"]:
         """The output matrix, tied or not."""
-        return self.backbone.get_output_embeddings().weight
+        return self.head.weight
 
     def get_input_embeddings(self) -> nn.Module:
         return self.backbone.get_input_embeddings()
@@ -156,9 +178,10 @@ class MeDiMModel(PreTrainedModel):
         position_ids: Int[Tensor, "_ Q"] | None = None,
         place: Int[Tensor, "B Q"] | None = None,
         past_key_values: Cache | None = None,
+        score: Scored | None = None,
         **kernel: Any,
-    ) -> Float[Tensor, "B Q D"]:
-        """Hidden states after the last norm; logits are their product with rows of `output_weight`.
+    ) -> Float[Tensor, "..."]:
+        """Hidden states after the last norm, [B, Q, D]; `head` makes logits of them. With `score`, cross-entropies [N].
 
         Args:
             t: noise levels in [0, 1], T a row.
@@ -168,6 +191,8 @@ class MeDiMModel(PreTrainedModel):
             position_ids: None: 0, 1, 2, ...; packed studies restart.
             place: number of a code within its image, from 1 (`Canvas.place`); left out, codes have no place.
             past_key_values: keys and values of positions that are not among the Q.
+            score: rows whose targets' cross-entropy in nats is wanted; the head then runs inside this pass, where
+                ZeRO-3 and FSDP have its weight.
             kernel: more arguments of the attention backend.
 
         Raises:
@@ -181,7 +206,7 @@ class MeDiMModel(PreTrainedModel):
             embedded = embedded + self.place(place.clamp(max=self.config.places))
         if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
             attention_mask = key_mask(attention_mask, self.attention_backend, embedded.dtype, ids.shape[1])
-        return self.backbone.get_decoder()(
+        hidden = self.backbone.get_decoder()(
             inputs_embeds=embedded,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -192,6 +217,10 @@ class MeDiMModel(PreTrainedModel):
             level=level,
             **kernel,
         ).last_hidden_state
+        if score is None:
+            return hidden
+        starts, stops = zip(*(self.vocabulary.columns(kind) for kind in KINDS), strict=True)
+        return self.head(hidden.flatten(0, 1)[score.rows], score.targets, starts, stops, score.sizes)
 
     @property
     def attention_backend(self) -> str:
