@@ -2,8 +2,8 @@
 
 python docs/make_sampling_tables.py     # half a minute on one CPU core
 
-The toy: six positions, three of text (3 values) and three of codes (2 values), 216 states, every one of them possible and
-all positions dependent; the denoiser is its exact posterior. Conditional: a text and a code position are given.
+The toy: six positions, three of text (3 values) and three of codes (2 values), 216 states, all
+possible, all positions dependent; the denoiser is its exact posterior. Conditional: a text and a code are given.
 Tests take the plans and the measurement from here.
 """
 

@@ -71,7 +71,7 @@ def sample(
         ValueError: guidance without `condition`, ``halton`` without `order`, plans that do not cover `generate` once.
     """
     plans = _covering(plan, generate)
-    if any(p.guidance for p, _ in plans) and condition is None:
+    if any(p.guidance for p, _ in plans.values()) and condition is None:
         raise ValueError("guidance needs `condition`: the positions that the unconditional branch does not see")
     ids = torch.where(generate, mask_id, canvas)
     if not plans:
@@ -79,11 +79,14 @@ def sample(
     seeds = row_seeds(generator, len(canvas), canvas.device)
     unknown = (~generate & (canvas == mask_id)).float()
     groups = groups_of(denoiser, generate)
-    parts = [_Part(*one, groups, Uniform(seeds, one[1], i), schedule, order) for i, one in enumerate(plans)]
+    parts = [
+        _Part(p, where, groups, Uniform(seeds, where, number), schedule, order) for number, (p, where) in plans.items()
+    ]
     passes = max(part.walk.steps for part in parts)
     two_branches = [any(flags) for flags in zip(*(part.guided(passes) for part in parts), strict=True)]
     forward = _branches(denoiser, generate, groups, condition if any(two_branches) else None, mask_id)
     finished = None if all(part.plan.fixed for part in parts) else _Finished()
+    least = max(part.walk.steps if part.plan.remask else 1 for part in parts)  # nothing masked now may be masked again
     row_passes, k = torch.zeros_like(seeds), 0
     for k in range(passes):
         masked = generate & (ids == mask_id)
@@ -96,7 +99,7 @@ def sample(
             ids = part.advance(k, ids, masked & part.where, t, log_p, mask_id)
         if progress is not None:
             progress(k + 1, passes)
-        if finished is not None and k + 1 < passes and finished(~(generate & (ids == mask_id)).any()):
+        if finished is not None and least <= k + 1 < passes and finished(~(generate & (ids == mask_id)).any()):
             break
     if cost is not None:
         cost.forward_passes += k + 1
@@ -106,15 +109,15 @@ def sample(
     return ids
 
 
-def _covering(plan: Plans, generate: Bool[Tensor, "B L"]) -> list[tuple[Plan, Tensor]]:
-    """The plans that have positions, with their positions: each position of `generate` has one."""
+def _covering(plan: Plans, generate: Bool[Tensor, "B L"]) -> dict[int, tuple[Plan, Tensor]]:
+    """The plans that have positions, by number, with their positions: each position of `generate` has one."""
     plans = [(plan, generate)] if isinstance(plan, Plan) else list(plan)
     total = torch.zeros_like(generate, dtype=torch.long)
     for _, where in plans:
         total = total + where
     if not torch.equal(total, generate.long()):
         raise ValueError("the plans' positions must cover `generate`: each of its positions once, and no other")
-    return [(p, where) for p, where in plans if bool(where.any())]
+    return {number: (p, where) for number, (p, where) in enumerate(plans) if bool(where.any())}
 
 
 LogP = list[tuple[Float[Tensor, "_ _"], Float[Tensor, "_ _"] | None]]

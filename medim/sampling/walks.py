@@ -32,7 +32,7 @@ def halton_order(h: int, w: int) -> Int[Tensor, "K"]:
 
     Example:
         >>> halton_order(2, 2).tolist()
-        [3, 2, 0, 1]
+        [2, 1, 0, 3]
     """
     count = 4 * h * w
     while True:

@@ -241,14 +241,11 @@ def test_each_plan_on_a_canvas_has_its_own_guidance(toy: Callable[..., Any]) -> 
     canvas = torch.tensor([2, 5, 5]).expand(ROWS, -1)
     place, joint = torch.arange(3).expand(ROWS, -1), it.p.view(3, 3, 2)
     plans = [(Plan("halton", 1, guidance=2.0), place == 1), (Plan(steps=1, guidance=0.5), place == 2)]
-    ids = sample(
-        it, canvas, canvas == 5, plans, mask_id=5, generator=seeded(1), condition=place == 0, order=torch.zeros_like(place)
-    )  # fmt: skip
+    options = {"mask_id": 5, "condition": place == 0, "order": torch.zeros_like(place)}
+    ids = sample(it, canvas, canvas == 5, plans, generator=seeded(1), **options)
     wanted = guided(joint.sum(2), 2.0).unsqueeze(1) * guided(joint.sum(1), 0.5)
     counts = np.bincount((2 * ids[:, 1] + ids[:, 2] - 3).numpy(), minlength=6)
     assert p_value(counts, wanted.flatten()) > 1e-3
-    alone = sample(
-        it, canvas, canvas == 5, [(plans[0][0], place == 1), (Plan(steps=1), place == 2)], mask_id=5,
-        generator=seeded(1), condition=place == 0, order=torch.zeros_like(place),
-    )  # fmt: skip
+    plans[1] = (Plan(steps=1), place == 2)
+    alone = sample(it, canvas, canvas == 5, plans, generator=seeded(1), **options)
     assert p_value(np.bincount(alone[:, 2].numpy() - 3, minlength=2), guided(joint.sum(1), 0.0)) > 1e-3
