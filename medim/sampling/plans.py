@@ -40,8 +40,8 @@ class Plan:
         gamma: entropy only: bound of what the positions of a pass may depend on each other, in nats.
         tau: threshold only: positions whose most probable value is more probable than this are revealed.
         block: None, or how many positions a row reveals before it goes on to those on their right (LLaDA, Nie et al.
-            2025, arXiv 2502.09992; Arriola et al. 2025, arXiv 2503.09573). Each block gets steps / blocks passes; with
-            fewer steps than blocks, blocks are made larger.
+            2025, arXiv 2502.09992; Arriola et al. 2025, arXiv 2503.09573). Blocks share the steps; with fewer steps
+            than blocks, blocks are made larger.
         remask: ancestral only: None, or the schedule of ReMDM's remasking probability sigma.
         remask_eta: its scale: ``cap`` is sigma = min(eta, sigma_max), ``rescale`` is sigma = eta sigma_max.
         remask_from: it remasks only while the share of passes to come is at most this,
@@ -83,10 +83,10 @@ class Plan:
         _known("guidance schedule", self.guidance_schedule, get_args(GuidanceSchedule))
         if self.remask is not None:
             _known("remasking", self.remask, get_args(Remask))
-        for field in ("steps", "top_k", "block", "patience"):
+        for field, unit in (("steps", "step"), ("top_k", "value"), ("block", "position"), ("patience", "pass")):
             value = getattr(self, field)
             if value is not None and value < 1:
-                raise ValueError(f"{field}={value}: a plan needs at least one")
+                raise ValueError(f"{field}={value}: a plan needs at least one {unit}")
         for field in ("temperature", "choice_temperature", "gamma", "guidance"):
             if getattr(self, field) < 0:
                 raise ValueError(f"{field}={getattr(self, field)}: must not be negative")

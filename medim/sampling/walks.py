@@ -58,14 +58,14 @@ class Blocks:
     """Where the positions of a plan stand in their rows' blocks.
 
     Attributes:
-        n: positions of a row. `steps`: its passes at most. `size`: of its blocks; the last may be smaller. `spread`:
-            passes a block. `index`: of each position's block.
+        n: positions of a row. `steps`: its passes at most. `size`: of its blocks; the last may be smaller. `count`: of
+            its blocks. `index`: of each position's block.
     """
 
     n: Int[Tensor, "B"]
     steps: Int[Tensor, "B"]
     size: Int[Tensor, "B"]
-    spread: Int[Tensor, "B"]
+    count: Int[Tensor, "B"]
     index: Int[Tensor, "B L"]
 
     @classmethod
@@ -75,8 +75,16 @@ class Blocks:
         size = n if plan.block is None else _ceil(n, steps.clamp(min=1)).clamp(min=plan.block).minimum(n)
         size = size.clamp(min=1)
         count = _ceil(n, size).clamp(min=1)
-        spread = torch.where(steps >= n, size, steps // count)
-        return cls(n, steps, size, spread.clamp(min=1), (where.cumsum(1) - 1).clamp(min=0) // size.unsqueeze(1))
+        return cls(n, steps, size, count, (where.cumsum(1) - 1).clamp(min=0) // size.unsqueeze(1))
+
+    def start(self, index: Int[Tensor, "B _"]) -> Int[Tensor, "B _"]:
+        """The first pass of a block: all have as many passes, give or take one; or one a position, if there are."""
+        even = index * self.steps.unsqueeze(1) // self.count.unsqueeze(1)
+        return torch.where((self.steps == self.n).unsqueeze(1), index * self.size.unsqueeze(1), even)
+
+    def passes(self, index: Int[Tensor, "B _"]) -> Int[Tensor, "B _"]:
+        """The passes of a block, at least 1."""
+        return (self.start(index + 1) - self.start(index)).minimum(self.size_of(index)).clamp(min=1)
 
     def size_of(self, index: Int[Tensor, "B _"]) -> Int[Tensor, "B _"]:
         """Positions of a block."""
@@ -94,10 +102,11 @@ class Blocks:
         revealed a pass (MaskGIT section 3.2).
         """
         k = torch.arange(max(1, int(self.steps.max())), device=self.n.device).expand(len(self.n), -1)
-        index, step = k // self.spread.unsqueeze(1), k % self.spread.unsqueeze(1) + 1
-        size = self.size_of(index)
-        passes = self.spread.unsqueeze(1).minimum(size).clamp(min=1)
-        masked = (1 - pace.alpha((1 - step.double() / passes).clamp(min=0))) * size
+        steps = self.steps.clamp(min=1).unsqueeze(1)
+        even = ((k + 1) * self.count.unsqueeze(1) - 1) // steps  # the last block that starts at pass k or before
+        index = torch.where(steps >= self.n.unsqueeze(1), k // self.size.unsqueeze(1), even)
+        size, step = self.size_of(index), k - self.start(index) + 1
+        masked = (1 - pace.alpha((1 - step.double() / self.passes(index)).clamp(min=0))) * size
         return self.after(index) + torch.floor(masked + 1e-4).long().minimum((size - step).clamp(min=0))
 
 
@@ -171,15 +180,13 @@ def ancestral(
         return Remasking(plan, where, uniform, trained)
     pace, blocks = Schedule(plan.schedule), Blocks.of(plan, where)
     hit = uniform(TIMES)  # alpha at which a position is revealed
-    size, after = blocks.size_of(blocks.index), blocks.after(blocks.index)
-    spread = blocks.spread.unsqueeze(1)
-    passes = spread.minimum(size).clamp(min=1)
+    size, after, passes = (of(blocks.index) for of in (blocks.size_of, blocks.after, blocks.passes))
     rank = _rank(torch.where(where, blocks.index + hit, torch.inf)) - blocks.index * blocks.size.unsqueeze(1)
     interval = (passes * (1 - pace.inverse(hit))).long().clamp(min=0).minimum(passes - 1)
     alone = passes == size
     clean = torch.where(alone, hit, pace.alpha(1 - interval / passes.double()))
     share = (after + size * (1 - clean)) / blocks.n.clamp(min=1).unsqueeze(1)
-    event = blocks.index * spread + torch.where(alone, rank, interval)
+    event = blocks.start(blocks.index) + torch.where(alone, rank, interval)
     return Appointed(where, event, share, trained)
 
 

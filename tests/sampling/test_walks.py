@@ -140,6 +140,17 @@ def test_blocks_come_from_left_to_right(name: Any, steps: int | None) -> None:
             assert revealed == ({before[0] // size} if before else set())
 
 
+def test_blocks_share_the_steps() -> None:
+    """44 positions, 6 blocks, 16 passes: they start at 0, 2, 5, 8, 10, 13; rows of other lengths have their own."""
+    denoiser, canvas = Flat(), torch.full((2, 44), MASK)
+    generate = torch.arange(44) < torch.tensor([[44], [6]])
+    plan = Plan("confidence", steps=16, block=8)
+    sample(denoiser, canvas, generate, plan, mask_id=MASK, generator=seeded())
+    left = torch.stack([((ids == MASK) & generate).sum(1) for ids, _ in denoiser.seen])
+    assert left[:, 0].tolist() == [44, 40, 36, 33, 30, 28, 25, 22, 20, 16, 12, 9, 6, 4, 2, 1]
+    assert left[:, 1].tolist() == [6, 5, 4, 3, 2, 1] + [0] * 10
+
+
 def test_entropy_reveals_the_largest_nearly_independent_set() -> None:
     """Entropies .056, .199, .325, .500, .673 (and ln 2): sum less the largest is 0, .056, .255, .580."""
     logits = sure(0.6, 0.99, 0.8, 0.9, 0.95, 0.5)
