@@ -74,9 +74,9 @@ def sample(
     if any(p.guidance for p, _ in plans.values()) and condition is None:
         raise ValueError("guidance needs `condition`: the positions that the unconditional branch does not see")
     ids = torch.where(generate, mask_id, canvas)
+    seeds = row_seeds(generator, len(canvas), canvas.device)  # also of rows without any: others may have some
     if not plans:
         return ids
-    seeds = row_seeds(generator, len(canvas), canvas.device)
     unknown = (~generate & (canvas == mask_id)).float()
     groups = groups_of(denoiser, generate)
     parts = [

@@ -209,6 +209,30 @@ def test_the_same_seed_gives_the_same_rows(plan: Entry) -> None:
     assert torch.equal(one, again) and not torch.equal(one, other)
 
 
+def test_a_call_takes_one_number_from_a_rows_generator_whatever_it_does() -> None:
+    canvas = torch.tensor([[1, MASK, MASK, 2]])
+    left = []
+    for places, plan in (([], Plan()), ([1], Plan()), ([1, 2], Plan("confidence", None)), ([2], Plan(remask="cap"))):
+        generator, generate = seeded(), torch.zeros(1, 4, dtype=torch.bool)
+        generate[:, places] = True
+        sample(Hashing(), canvas, generate, plan, mask_id=MASK, generator=[generator])
+        left.append(torch.rand((), generator=generator).item())
+    assert len(set(left)) == 1
+
+
+def test_plans_on_one_canvas_draw_independent_values() -> None:
+    """Two positions, the same logits, both revealed at once: alike with probability sum p^2."""
+    logits = torch.tensor([0.0, 0.4, 0.8, -0.3, 0.1])
+    canvas = torch.full((20_000, 2), MASK)
+    left = (torch.arange(2) == 0).expand(canvas.shape)
+    plans = [(Plan(steps=1), left), (Plan("confidence", steps=1), ~left)]
+    ids = sample(
+        lambda ids, t: logits.expand(*ids.shape, -1), canvas, canvas == MASK, plans, mask_id=MASK, generator=seeded()
+    )
+    wanted = float((torch.softmax(logits, 0) ** 2).sum())
+    assert float((ids[:, 0] == ids[:, 1]).float().mean()) == pytest.approx(wanted, abs=0.015)
+
+
 def test_plans_on_one_canvas_walk_together_each_at_its_own_pace() -> None:
     canvas, cost = torch.full((2, 12), MASK), Cost()
     denoiser, text = Hashing(), (torch.arange(12) < 8).expand(2, -1)

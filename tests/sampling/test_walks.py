@@ -201,20 +201,18 @@ def test_a_row_stops_when_its_predictions_are_stable_and_confident() -> None:
         assert not bool(filled.any())  # by the most probable value
         assert bool(ids[:, : passes - 1].any())  # those before were drawn
 
-    def changing(ids: Tensor, t: Tensor) -> Tensor:
-        """What is most probable changes at each pass until three are left."""
-        left = (ids == MASK).sum(1)
-        swap = ((left % 2 == 1) & (left > 3)).view(-1, 1, 1)
-        return torch.where(swap, logits[:, [1, 0, 2, 3, 4]], logits)
-
     left: list[int] = []
 
-    def denoiser(ids: Tensor, t: Tensor) -> Tensor:
+    def changing(ids: Tensor, t: Tensor) -> Tensor:
+        """What is most probable changes when 6 are left, and back when 4 are."""
         left.append(int((ids == MASK)[0].sum()))
-        return changing(ids, t)
+        now = logits[:, [1, 0, 2, 3, 4]] if left[-1] in (6, 5) else logits
+        return now.expand(len(ids), -1, -1)
 
-    run(Plan("ancestral", None, patience=1, patience_confidence=0.7), denoiser, 1, 8)
-    assert left == [8, 7, 6, 5, 4, 3]
+    for patience, passes in ((1, 2), (2, 7), (3, 8)):
+        left.clear()
+        run(Plan("ancestral", None, patience=patience, patience_confidence=0.7), changing, 1, 8)
+        assert left == list(range(8, 8 - passes, -1))
 
 
 REMASKING = {
