@@ -37,21 +37,47 @@ class Toy:
     Attributes:
         mask_id: ``values`` (then V = values: [MASK] has no column) or smaller (then V = values + 1, and the column of
             [MASK] holds the largest logit).
+        ids: the ids that each position can hold; several modalities have disjoint ranges. Replaces length and values.
         states: every clean row, ids [S, L]; `p` [S] are their probabilities.
         seen: (ids, t) of every call.
     """
 
     def __init__(
-        self, length: int = 3, values: int = 4, mask_id: int = 4, seed: int = 0, sharpness: float = 1.0
+        self,
+        length: int = 3,
+        values: int = 4,
+        mask_id: int = 4,
+        seed: int = 0,
+        sharpness: float = 1.0,
+        ids: Sequence[Sequence[int]] | None = None,
     ) -> None:
         self.mask_id = mask_id
-        ids = [i for i in range(values + 1) if i != mask_id][:values]
-        self.states = torch.cartesian_prod(*[torch.tensor(ids)] * length).view(-1, length)
+        self.ids = ids or [[i for i in range(values + 1) if i != mask_id][:values]] * length
+        self.states = torch.cartesian_prod(*map(torch.tensor, self.ids)).view(-1, len(self.ids))
         self.p = torch.softmax(
             sharpness * torch.randn(len(self.states), generator=torch.Generator().manual_seed(seed)), 0
         )
-        self.columns = values + (mask_id < values)
+        self.columns = max(map(max, self.ids)) + 1
         self.seen: list[tuple[Tensor, Tensor]] = []
+        # the marginals of every partly masked row are looked up: its number has a digit a position
+        digits = [[*possible, mask_id] for possible in self.ids]
+        partial = torch.cartesian_prod(*map(torch.tensor, digits)).view(-1, len(digits))
+        self.table = self.marginals(partial)
+        self.digit = torch.zeros(len(digits), max(self.columns, mask_id + 1), dtype=torch.long)
+        unit = len(partial)
+        for place, possible in enumerate(digits):
+            unit //= len(possible)
+            self.digit[place, possible] = torch.arange(len(possible)) * unit
+
+    def groups(self, generate: Tensor) -> list[Any]:
+        """Positions that can hold the same ids, modality by modality."""
+        from medim.diffusion import Group
+
+        groups = []
+        for possible in dict.fromkeys(map(tuple, self.ids)):
+            here = torch.tensor([tuple(own) == possible for own in self.ids])
+            groups.append(Group((generate & here).flatten().nonzero().squeeze(1), min(possible), max(possible) + 1))
+        return groups
 
     def marginals(self, ids: Tensor) -> Tensor:
         """p(x_i = v | what is not [MASK] in ids), [B, L, V]."""
@@ -62,7 +88,7 @@ class Toy:
 
     def __call__(self, ids: Tensor, t: Tensor) -> Tensor:
         self.seen.append((ids.clone(), t.clone()))
-        logits = self.marginals(ids).log()
+        logits = self.table[self.digit[torch.arange(ids.shape[1]), ids].sum(1)].log()
         if self.mask_id < self.columns:
             logits[..., self.mask_id] = 9.0
         return logits
@@ -81,7 +107,7 @@ class Toy:
 
 @pytest.fixture
 def toy() -> Callable[..., Toy]:
-    """Makes toys: toy(length, values, mask_id, seed, sharpness)."""
+    """Makes toys: toy(length, values, mask_id, seed, sharpness, ids)."""
     return Toy
 
 

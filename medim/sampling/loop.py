@@ -6,24 +6,32 @@ Shape letters: B batch, L canvas length, N rows of a group, C columns of a group
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from medim.diffusion import LINEAR, Denoiser, Group, Schedule, groups_of, predict
-from medim.sampling.plans import REVEALS, Plan, Uniform, Walk
+from medim.sampling.draw import Generators, Seen, Uniform, guide, observe, row_seeds
+from medim.sampling.plans import Plan
+from medim.sampling.walks import REVEALS, VALUES, Walk
 
-Generators = torch.Generator | Sequence[torch.Generator]
+Plans = Plan | Sequence[tuple[Plan, Bool[Tensor, "B L"]]]
 
 
 @dataclass
 class Cost:
-    """What a run of the loop spent: forward passes, and positions that went through them (both branches)."""
+    """What runs of the loop spent.
+
+    Attributes:
+        forward_passes: of the batch. `active_tokens`: positions that went through them, of both branches of guidance.
+        row_passes: the passes that mattered to each row: what it would cost alone, whatever stands beside it.
+    """
 
     forward_passes: int = 0
     active_tokens: int = 0
+    row_passes: list[int] = field(default_factory=list)
 
 
 @torch.no_grad()
@@ -31,11 +39,12 @@ def sample(
     denoiser: Denoiser,
     canvas: Int[Tensor, "B L"],
     generate: Bool[Tensor, "B L"],
-    plan: Plan,
+    plan: Plans,
     *,
     mask_id: int,
     generator: Generators,
     condition: Bool[Tensor, "B L"] | None = None,
+    order: Int[Tensor, "B L"] | None = None,
     schedule: Schedule = LINEAR,
     cost: Cost | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -45,132 +54,185 @@ def sample(
     Args:
         canvas: ids; what stands at generated positions is ignored. A position outside `generate` that holds [MASK] is
             unknown: the denoiser is told t=1 there, and t=0 at every other such position.
-        generator: one for all rows, or one a row: then a row's result does not depend on the rows beside it.
+        plan: one for all positions, or several with the positions of each: they walk in the same forward passes, as
+            many as the longest needs, each told its own noise level.
+        generator: one for all rows, or one a row: then a row's result does not depend on the rows beside it. A row
+            takes one number from it, whatever the plan.
         condition: positions that the unconditional branch of guidance sees masked (t=1); needed if `plan.guidance`.
+        order: rank of each position for ``halton``, -1 where it has none; see `halton_order`.
         schedule: the denoiser's own, that of its training: translates shares of masked positions into its noise levels.
         cost: is added to.
-        progress: called with (passes done, passes in all) after each pass.
+        progress: called with (passes done, passes in all at most) after each pass.
 
     Returns:
         ids [B, L] without [MASK] at generated positions.
+
+    Raises:
+        ValueError: guidance without `condition`, ``halton`` without `order`, plans that do not cover `generate` once.
     """
-    if plan.guidance and condition is None:
+    plans = _covering(plan, generate)
+    if any(p.guidance for p, _ in plans.values()) and condition is None:
         raise ValueError("guidance needs `condition`: the positions that the unconditional branch does not see")
     ids = torch.where(generate, mask_id, canvas)
-    if not bool(generate.any()):
+    seeds = row_seeds(generator, len(canvas), canvas.device)  # also of rows without any: others may have some
+    if not plans:
         return ids
-    uniform = _streams(generator, generate)
-    walk = REVEALS[plan.name](plan, generate, uniform, schedule)
     unknown = (~generate & (canvas == mask_id)).float()
-    step = _guided if plan.guidance else _plain
-    groups = groups_of(denoiser, torch.cat([generate, generate]) if plan.guidance else generate)
-    passes = len(walk.times)
-    once = uniform() if walk.reveal_at is not None else None  # ancestral keeps the first value it draws at a position
+    groups = groups_of(denoiser, generate)
+    parts = [
+        _Part(p, where, groups, Uniform(seeds, where, number), schedule, order) for number, (p, where) in plans.items()
+    ]
+    passes = max(part.walk.steps for part in parts)
+    two_branches = [any(flags) for flags in zip(*(part.guided(passes) for part in parts), strict=True)]
+    forward = _branches(denoiser, generate, groups, condition if any(two_branches) else None, mask_id)
+    finished = None if all(part.plan.fixed for part in parts) else _Finished()
+    least = max(part.walk.steps if part.plan.remask else 1 for part in parts)  # nothing masked now may be masked again
+    row_passes, k = torch.zeros_like(seeds), 0
     for k in range(passes):
-        t = torch.where(generate, walk.times[k].unsqueeze(1), unknown)
-        log_p = step(denoiser, ids, t, groups, condition, plan.guidance, mask_id)
-        drawn, score = _draw(log_p, groups, ids, plan.temperature, uniform() if once is None else once)
-        chosen = _choose(walk, k, plan, ids == mask_id, generate, score, uniform)
-        ids = torch.where(chosen, drawn, ids)
+        masked = generate & (ids == mask_id)
+        row_passes += torch.stack([part.walk.busy(k, masked & part.where) for part in parts]).any(0)
+        t = unknown
+        for part in parts:
+            t = torch.where(part.where, part.walk.level(k, masked & part.where).unsqueeze(1), t)
+        log_p = forward(ids, t, two_branches[k])
+        for part in parts:
+            ids = part.advance(k, ids, masked & part.where, t, log_p, mask_id)
         if progress is not None:
             progress(k + 1, passes)
+        if finished is not None and least <= k + 1 < passes and finished(~(generate & (ids == mask_id)).any()):
+            break
     if cost is not None:
-        cost.forward_passes += passes
-        cost.active_tokens += passes * ids.numel() * (2 if plan.guidance else 1)
+        cost.forward_passes += k + 1
+        cost.active_tokens += (k + 1 + sum(two_branches[: k + 1])) * ids.numel()
+        before = cost.row_passes or [0] * len(row_passes)
+        cost.row_passes = [a + b for a, b in zip(before, row_passes.tolist(), strict=True)]
     return ids
 
 
-def _streams(generator: Generators, generate: Bool[Tensor, "B L"]) -> Uniform:
-    """Uniform numbers in [0, 1) at the generated positions, [B, L].
+def _covering(plan: Plans, generate: Bool[Tensor, "B L"]) -> dict[int, tuple[Plan, Tensor]]:
+    """The plans that have positions, by number, with their positions: each position of `generate` has one."""
+    plans = [(plan, generate)] if isinstance(plan, Plan) else list(plan)
+    total = torch.zeros_like(generate, dtype=torch.long)
+    for _, where in plans:
+        total = total + where
+    if not torch.equal(total, generate.long()):
+        raise ValueError("the plans' positions must cover `generate`: each of its positions once, and no other")
+    return {number: (p, where) for number, (p, where) in enumerate(plans) if bool(where.any())}
 
-    A row draws as many as it has, so that its stream does not depend on the padding. The streams are split off: however
-    many passes the rows beside it need, a row takes one number from its generator.
+
+LogP = list[tuple[Float[Tensor, "_ _"], Float[Tensor, "_ _"] | None]]
+
+
+def _branches(
+    denoiser: Denoiser, generate: Bool[Tensor, "B L"], groups: list[Group], condition: Tensor | None, mask_id: int
+) -> Callable[[Tensor, Tensor, bool], LogP]:
+    """The forward pass: (ids, t, both branches?) -> log p(x|c) of each group, and log p(x) of the same batched pass."""
+    if condition is not None:
+        doubled = groups_of(denoiser, torch.cat([generate, generate]))
+
+    def forward(ids: Tensor, t: Tensor, both: bool) -> LogP:
+        if condition is None or not both:
+            return [(part, None) for part in predict(denoiser, ids, t, groups, mask_id=mask_id)]
+        two = torch.cat([ids, torch.where(condition, mask_id, ids)])
+        times = torch.cat([t, torch.where(condition, 1.0, t)])
+        halves = (part.chunk(2) for part in predict(denoiser, two, times, doubled, mask_id=mask_id))
+        return [(with_c, without) for with_c, without in halves]
+
+    return forward
+
+
+class _Part:
+    """A plan, its positions, and what it remembers from pass to pass."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        where: Bool[Tensor, "B L"],
+        groups: list[Group],
+        uniform: Uniform,
+        schedule: Schedule,
+        order: Int[Tensor, "B L"] | None,
+    ) -> None:
+        self.plan, self.where, self.uniform = plan, where, uniform
+        self.n = where.sum(1).clamp(min=1)
+        self.walk: Walk = REVEALS[plan.name](plan, where, uniform, schedule, order)
+        self.pieces = [(g, *piece) for g, group in enumerate(groups) if (piece := self._piece(group)) is not None]
+        self.best = torch.full_like(where, -1, dtype=torch.long)  # of the last pass
+        self.streak = torch.zeros_like(self.n)  # passes for which it has been the same
+
+    def _piece(self, group: Group) -> tuple[Tensor | None, Tensor, int] | None:
+        """Which rows of a group are ours (None: all), their places in the flattened canvas, the first column's id."""
+        inside = self.where.flatten()[group.rows].nonzero().squeeze(1)
+        if len(inside) == len(group.rows):
+            return None, group.rows, group.start
+        return (inside, group.rows[inside], group.start) if len(inside) else None
+
+    def guided(self, passes: int) -> list[bool]:
+        """The passes that need both branches, as far as that is known beforehand."""
+        times = self.walk.times
+        if self.plan.guidance == 0 or times is None:
+            return [self.plan.guidance > 0] * passes
+        needed = ((self.plan.scale(times) > 0) & (times > 0)).any(1).tolist()
+        return needed + [False] * (passes - len(needed))
+
+    def advance(self, k: int, ids: Tensor, masked: Tensor, t: Tensor, log_p: LogP, mask_id: int) -> Tensor:
+        """The ids after pass k."""
+        if k >= self.walk.steps:
+            return ids
+        seen = self._see(k, masked, t, log_p)
+        chosen, value = self.walk.choose(k, masked, seen), seen.value
+        if self.plan.patience is not None:
+            stop = self._settled(masked, seen).unsqueeze(1) & masked
+            chosen, value = chosen | stop, torch.where(stop, seen.best, value)
+        again = self.walk.remask(k, masked)
+        ids = torch.where(chosen, value, ids)
+        return ids if again is None else torch.where(again, mask_id, ids)
+
+    def _see(self, k: int, masked: Tensor, t: Tensor, log_p: LogP) -> Seen:
+        """What the pass says of our positions, on the canvas."""
+        u = self.uniform(VALUES + 2 * k).flatten()
+        share = (masked.sum(1) / self.n).unsqueeze(1).expand(masked.shape).flatten()
+        flat: list[Tensor] = []
+        for g, take, rows, start in self.pieces:
+            with_c, without = log_p[g] if take is None else (x if x is None else x[take] for x in log_p[g])
+            assert with_c is not None
+            if without is not None and self.plan.guidance:
+                with_c = guide(with_c, without, self.plan.scale(t.flatten()[rows]))
+            seen = observe(with_c, u[rows], share[rows], start, self.plan)
+            columns = (seen.value, seen.score, seen.best, seen.top, seen.entropy)
+            flat = flat or [torch.zeros(masked.numel(), dtype=c.dtype, device=c.device) for c in columns]
+            for whole, column in zip(flat, columns, strict=True):
+                whole[rows] = column
+        return Seen(*(whole.view(masked.shape) for whole in flat))
+
+    def _settled(self, masked: Tensor, seen: Seen) -> Tensor:
+        """The rows whose most probable values have stayed the same for long enough, and are probable enough."""
+        sure = seen.top.exp() > self.plan.patience_confidence
+        same = (((seen.best == self.best) & sure) | ~masked).all(1)
+        self.streak, self.best = torch.where(same, self.streak + 1, 0), seen.best
+        assert self.plan.patience is not None
+        return self.streak >= self.plan.patience
+
+
+class _Finished:
+    """Tells the host that all rows are done, without a pause of the device.
+
+    On CUDA the answer is copied to pinned memory behind the pass that it is about, and looked at one pass later, when
+    the device has that pass to do: so it never idles, and one pass more than needed is run, which changes no id. The
+    host waits for the copy of the pass before, lest it run ahead by an unknown number of passes. Elsewhere it is read.
     """
-    places = generate.flatten().nonzero().squeeze(1)
-    one = isinstance(generator, torch.Generator)
-    generators = [generator] if isinstance(generator, torch.Generator) else list(generator)
-    sizes = [len(places)] if one else generate.sum(1).tolist()
-    if len(generators) != len(sizes):
-        raise ValueError(f"{len(generators)} generators for {len(sizes)} rows")
-    generators = [_split(g) for g in generators]
 
-    def uniform() -> Tensor:
-        numbers = [torch.rand(n, generator=g, device=g.device) for n, g in zip(sizes, generators, strict=True)]
-        empty = torch.zeros(generate.numel(), device=generate.device)
-        return empty.index_copy(0, places, torch.cat(numbers).to(generate.device)).view(generate.shape)
+    def __init__(self) -> None:
+        self.last: tuple[Tensor, torch.cuda.Event] | None = None
 
-    return uniform
-
-
-def _split(generator: torch.Generator) -> torch.Generator:
-    seed = torch.randint(2**62, (), generator=generator, device=generator.device)
-    return torch.Generator(generator.device).manual_seed(int(seed))
-
-
-def _plain(
-    denoiser: Denoiser,
-    ids: Tensor,
-    t: Tensor,
-    groups: list[Group],
-    condition: Tensor | None,
-    scale: float,
-    mask_id: int,
-) -> list[Float[Tensor, "_ _"]]:
-    return predict(denoiser, ids, t, groups, mask_id=mask_id)
-
-
-def _guided(
-    denoiser: Denoiser,
-    ids: Tensor,
-    t: Tensor,
-    groups: list[Group],
-    condition: Tensor | None,
-    scale: float,
-    mask_id: int,
-) -> list[Float[Tensor, "_ _"]]:
-    """Both branches in one batch: (1 + w) log p(x|c) - w log p(x), normalised (Ho & Salimans 2022, eq. 6)."""
-    assert condition is not None
-    both = torch.cat([ids, torch.where(condition, mask_id, ids)])
-    times = torch.cat([t, torch.where(condition, 1.0, t)])
-    mixed = []
-    for part in predict(denoiser, both, times, groups, mask_id=mask_id):
-        with_c, without = part.chunk(2)
-        mixed.append(torch.log_softmax((1 + scale) * with_c - scale * without.clamp(min=-1e4), dim=-1))
-    return mixed
-
-
-def _draw(
-    log_p: list[Float[Tensor, "_ _"]], groups: list[Group], ids: Tensor, temperature: float, u: Float[Tensor, "B L"]
-) -> tuple[Int[Tensor, "B L"], Float[Tensor, "B L"]]:
-    """A value for every generated position by inverse transform, and its log-probability at temperature 1.
-
-    One uniform number a position. Sums are float32: values with less than about 1e-7 of the mass are never drawn.
-    """
-    drawn, score = torch.zeros_like(ids).flatten(), torch.full_like(u, -torch.inf).flatten()
-    u = u.flatten()
-    for part, group in zip(log_p, groups, strict=True):
-        rows = group.rows[: len(part)]
-        if temperature == 0:
-            value = part.argmax(-1, keepdim=True)
-        else:
-            mass = torch.softmax(part / temperature, dim=-1).cumsum(-1)
-            goal = (u[rows] * mass[:, -1]).unsqueeze(1)
-            value = torch.searchsorted(mass, goal, right=True).clamp(max=part.shape[1] - 1)
-        drawn[rows] = value.squeeze(1) + group.start
-        score[rows] = part.gather(1, value).squeeze(1).to(score.dtype)
-    return drawn.view(ids.shape), score.view(ids.shape)
-
-
-def _choose(
-    walk: Walk, k: int, plan: Plan, masked: Tensor, generate: Tensor, score: Float[Tensor, "B L"], uniform: Uniform
-) -> Bool[Tensor, "B L"]:
-    """Which of the masked positions to reveal at pass k."""
-    if walk.reveal_at is not None:
-        return walk.reveal_at == k
-    assert walk.counts is not None and walk.heat is not None
-    noise = -torch.log(-torch.log(uniform().clamp(1e-7, 1 - 1e-7)))
-    score = score + plan.choice_temperature * walk.heat[k].unsqueeze(1) * noise
-    score = torch.where(masked & generate, score, -torch.inf)
-    rank = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-    left = (masked & generate).sum(1) - walk.counts[k]
-    return (rank < left.unsqueeze(1)) & masked & generate
+    def __call__(self, done: Bool[Tensor, ""]) -> bool:
+        if done.device.type != "cuda":
+            return bool(done)
+        flag, event = torch.empty((), dtype=torch.bool, pin_memory=True), torch.cuda.Event()
+        flag.copy_(done, non_blocking=True)
+        event.record()
+        last, self.last = self.last, (flag, event)
+        if last is None:
+            return False
+        last[1].synchronize()
+        return bool(last[0])

@@ -1,121 +1,141 @@
-"""Plans: how a sampler walks from all masked to none. Data only; `medim.sampling.loop` runs them."""
+"""Plans: how a sampler walks from all masked to none. Data only; `medim.sampling.walks` lays them out on a canvas."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from medim.diffusion import Schedule, ScheduleName
+from medim.diffusion import ScheduleName
 
-PlanName = Literal["ancestral", "confidence"]
+PlanName = Literal["ancestral", "confidence", "halton", "entropy", "threshold"]
+GuidanceSchedule = Literal["constant", "linear"]
+Remask = Literal["cap", "rescale"]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One way from t=1 to t=0.
+    """One way from t=1 to t=0. Plain data: `Plan(**json)` reads what `asdict` wrote.
 
     Attributes:
-        name: ``ancestral`` reveals positions at random times (exact in the limit; MDLM section 3.2), ``confidence``
-            reveals the positions whose drawn value is most probable (MaskGIT section 3.2).
-        steps: forward passes at most. Ancestral with ``steps=None``, or with at least as many steps as a row has
-            positions, reveals one position a pass at its exact time and is then exact for an exact denoiser
-            (first-hitting sampler, Zheng et al. 2024, arXiv 2409.02908).
-        schedule: pace: the share 1 - alpha(1 - k/K) is still masked after pass k of K. What the denoiser is told is the
-            noise level at which its own training schedule masks that share.
-        temperature: divides the logits before a value is drawn; 0 takes the most probable.
+        name: which positions come next; the equations stand in `medim.sampling.walks`. ``ancestral``: random times.
+            ``confidence``: the most probable drawn values. ``halton``: a fixed order. ``entropy``: as many as are
+            nearly independent. ``threshold``: all that are certain.
+        steps: forward passes at most. None: one position a pass (``entropy`` and ``threshold``: at least one). More
+            than a row has positions is as many as it has, see `capped`; but remasking uses all of them.
+        schedule: pace: the share 1 - alpha(1 - k/K) is still masked after pass k of K. Without effect on ``entropy``
+            and ``threshold``, which set their own. What the denoiser is told is the noise level at which its own
+            training schedule masks the share that is masked.
+        temperature: divides the log-probabilities before a value is drawn; 0 takes the most probable.
+        temperature_end: None, or where the temperature falls to: T = T_end + (T_start - T_end) m/n with m of a row's n
+            positions still masked.
+        top_k: only the k most probable values are drawn (after the temperature; ties with the k-th stay).
+        top_p: only the smallest set of most probable values that holds this share is drawn (Holtzman et al. 2020,
+            arXiv 1904.09751), after `top_k`.
         choice_temperature: confidence only: scale of the Gumbel noise on the log-confidence, falling to 0 at the last
-            step.
-        guidance: scale w of classifier-free guidance: log p = (1 + w) log p(x|c) - w log p(x); 0 runs one branch.
+            pass.
+        gamma: entropy only: bound of what the positions of a pass may depend on each other, in nats.
+        tau: threshold only: positions whose most probable value is more probable than this are revealed.
+        block: None, or how many positions a row reveals before it goes on to those on their right (LLaDA, Nie et al.
+            2025, arXiv 2502.09992; Arriola et al. 2025, arXiv 2503.09573). Blocks share the steps; with fewer steps
+            than blocks, blocks are made larger.
+        remask: ancestral only: None, or the schedule of ReMDM's remasking probability sigma.
+        remask_eta: its scale: ``cap`` is sigma = min(eta, sigma_max), ``rescale`` is sigma = eta sigma_max.
+        remask_from: it remasks only while the share of passes to come is at most this,
+        remask_to: and at least this.
+        remask_hold: None, or the clean share that is held in between (ReMDM-loop).
+        patience: None, or the passes for which a row's most probable values must have stayed the same, each more
+            probable than `patience_confidence`, for the row to take them all and stop.
+        patience_confidence: see `patience`.
+        guidance: scale w of classifier-free guidance: log p = (1 + w) log p(x|c) - w log p(x), normalised (Ho &
+            Salimans 2022, arXiv 2207.12598, eq. 6); 0 runs one branch.
+        guidance_schedule: ``constant``, or ``linear``: w (1 - t), that of MeDiM (arXiv 2510.06131) with w = 5.
+        guidance_from: guidance only at t at most this (a late window); passes with no guided row run one branch.
     """
 
     name: PlanName = "ancestral"
     steps: int | None = 16
     schedule: ScheduleName = "linear"
     temperature: float = 1.0
+    temperature_end: float | None = None
+    top_k: int | None = None
+    top_p: float = 1.0
     choice_temperature: float = 1.0
+    gamma: float = 0.1
+    tau: float = 0.9
+    block: int | None = None
+    remask: Remask | None = None
+    remask_eta: float = 0.05
+    remask_from: float = 1.0
+    remask_to: float = 0.0
+    remask_hold: float | None = None
+    patience: int | None = None
+    patience_confidence: float = 0.9
     guidance: float = 0.0
+    guidance_schedule: GuidanceSchedule = "constant"
+    guidance_from: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.name not in REVEALS:
-            raise ValueError(f"unknown plan {self.name!r}: one of {', '.join(REVEALS)}")
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"steps={self.steps}: a plan needs at least one step")
-        if self.temperature < 0 or self.choice_temperature < 0:
-            raise ValueError("temperatures are not negative")
+        _known("plan", self.name, get_args(PlanName))
+        _known("guidance schedule", self.guidance_schedule, get_args(GuidanceSchedule))
+        if self.remask is not None:
+            _known("remasking", self.remask, get_args(Remask))
+        for field, unit in (("steps", "step"), ("top_k", "value"), ("block", "position"), ("patience", "pass")):
+            value = getattr(self, field)
+            if value is not None and value < 1:
+                raise ValueError(f"{field}={value}: a plan needs at least one {unit}")
+        for field in ("temperature", "choice_temperature", "gamma", "guidance"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"{field}={getattr(self, field)}: must not be negative")
+        if self.temperature_end is not None and not 0 <= self.temperature_end <= self.temperature:
+            raise ValueError(f"temperature_end={self.temperature_end}: between 0 and temperature={self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p}: above 0 and at most 1")
+        for field in ("tau", "patience_confidence", "guidance_from", "remask_eta", "remask_hold"):
+            value = getattr(self, field)
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"{field}={value}: between 0 and 1")
+        if not 0 <= self.remask_to <= self.remask_from <= 1:
+            raise ValueError(f"remask_from={self.remask_from}, remask_to={self.remask_to}: 1 >= from >= to >= 0")
+        if self.remask is None:
+            if self.remask_hold is not None:
+                raise ValueError("remask_hold needs `remask`")
+        elif self.name != "ancestral" or self.steps is None or self.block or self.patience:
+            raise ValueError("remask goes with ancestral and a number of steps, without block or patience")
+
+    @property
+    def exact(self) -> bool:
+        """Whether, with an exact denoiser, alone on a canvas, it draws from the denoiser's own distribution.
+
+        That needs one position at a time, chosen without a look at the value that is drawn, and the value drawn as
+        predicted. (``ancestral`` and ``halton`` with at least as many steps as positions are exact too; that depends on
+        the canvas.) Two plans on one canvas reveal a position each in a pass: together they are not exact.
+        """
+        as_predicted = self.temperature == 1 and self.temperature_end in (None, 1) and self.top_k is None
+        one_by_one = {"entropy": self.gamma == 0, "threshold": self.tau == 1, "confidence": False}.get(self.name, True)
+        untouched = self.top_p == 1 and self.remask is None and self.patience is None and self.guidance == 0
+        return self.steps is None and as_predicted and one_by_one and untouched
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the number of passes is known before the first one."""
+        return self.name not in ("entropy", "threshold") and self.patience is None
+
+    def capped(self, positions: int) -> int:
+        """Forward passes at most for a row of so many positions; less than `steps` if steps are to no avail."""
+        if self.remask is not None and self.steps is not None:
+            return self.steps if positions else 0
+        return positions if self.steps is None else min(self.steps, positions)
+
+    def scale(self, t: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """The guidance scale at noise level t."""
+        w = self.guidance * (1 - t if self.guidance_schedule == "linear" else torch.ones_like(t))
+        return torch.where(t <= self.guidance_from + 1e-6, w, 0.0)
 
 
-@dataclass(frozen=True)
-class Walk:
-    """A plan on one canvas, laid out before the first forward pass so that the loop never asks the device.
-
-    Attributes:
-        times: noise level that the denoiser is told at each pass, for each row.
-        reveal_at: ancestral: the pass at which a position is revealed.
-        counts: confidence: how many positions of a row are still masked after each pass.
-        heat: confidence: share of a row's passes that are still to come after each pass.
-    """
-
-    times: Float[Tensor, "P B"]
-    reveal_at: Int[Tensor, "B L"] | None = None
-    counts: Int[Tensor, "P B"] | None = None
-    heat: Float[Tensor, "P B"] | None = None
-
-
-Uniform = Callable[[], Float[Tensor, "B L"]]  # a uniform number for each generated position, from its row's own stream
-
-
-def ancestral(plan: Plan, generate: Bool[Tensor, "B L"], uniform: Uniform, trained: Schedule) -> Walk:
-    """Draw every position's reveal time at once: P(revealed before noise level t) = alpha(t), independently.
-
-    This is the reverse process of MDLM eq. 6-7: between t and s < t a masked position is revealed with probability
-    (alpha_s - alpha_t) / (1 - alpha_t). Passes in which no position of any row is revealed are left out: they change
-    nothing unless the denoiser sees a new time, and then only what a later pass would say. Cost: at most `steps`
-    passes.
-    """
-    schedule = Schedule(plan.schedule)
-    hits = torch.where(generate, uniform(), torch.inf)  # alpha at which a position is revealed, so its time is alpha^-1
-    sizes = generate.sum(1)
-    longest = int(sizes.max())
-    steps = min(plan.steps or longest, longest)
-    exact = sizes <= steps  # row by row: a row must not depend on the rows beside it
-    order = hits.argsort(dim=1).argsort(dim=1)  # rank of each position in its row
-    alphas = hits.sort(dim=1).values[:, :steps].clamp(max=1.0)  # a row with fewer positions idles at t=0
-    edges = torch.linspace(1, 0, steps + 1, device=hits.device)
-    bins = torch.bucketize(hits.clamp(max=1 - 1e-7), schedule.alpha(edges)[1:].contiguous())
-    at = torch.where(exact.unsqueeze(1), order, bins)
-    grid = trained.inverse(schedule.alpha(edges[:-1]))
-    times = torch.where(exact, trained.inverse(alphas).T, grid.unsqueeze(1))
-    occurs = torch.zeros(steps, dtype=torch.bool, device=hits.device)
-    occurs[at[generate]] = True
-    place = torch.cumsum(occurs, 0) - 1
-    return Walk(times[occurs], reveal_at=torch.where(generate, place[at.clamp(max=steps - 1)], -1))
-
-
-def confidence(plan: Plan, generate: Bool[Tensor, "B L"], uniform: Uniform, trained: Schedule) -> Walk:
-    """Reveal, at each pass, the positions whose drawn value has the highest (noised) probability.
-
-    The number still masked after pass k of K is n (1 - alpha(1 - (k+1)/K)) (MaskGIT section 3.2), and the denoiser is
-    told the noise level at which that share is masked. Not a sampler of the model's distribution. Cost: at most `steps`
-    passes.
-    """
-    schedule = Schedule(plan.schedule)
-    n = generate.sum(1)
-    steps = n if plan.steps is None else n.clamp(max=plan.steps)  # row by row, as above
-    passes = torch.arange(int(steps.max()) + 1, device=n.device).unsqueeze(1)
-    edges = (1 - passes / steps.clamp(min=1)).clamp(min=0)
-    left = (1 - schedule.alpha(edges)) * n
-    counts = torch.floor(left + 1e-4).long()  # 8.9999 is 9
-    counts[1:] = torch.minimum(counts[1:], (n - passes[1:]).clamp(min=0))
-    share = counts[:-1] / n.clamp(min=1)
-    return Walk(trained.inverse(1 - share), counts=counts[1:], heat=edges[1:])
-
-
-REVEALS: dict[PlanName, Callable[[Plan, Bool[Tensor, "B L"], Uniform, Schedule], Walk]] = {
-    "ancestral": ancestral,
-    "confidence": confidence,
-}
+def _known(what: str, name: str, names: tuple[str, ...]) -> None:
+    if name not in names:
+        raise ValueError(f"unknown {what} {name!r}: one of {', '.join(names)}")

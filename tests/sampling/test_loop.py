@@ -1,125 +1,71 @@
-"""The sampling loop: exact where it says so, by enumerated distributions; rows that ignore their neighbours."""
+"""The loop: what every plan keeps to, alone and beside others; cost; no pause for the device."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from scipy.stats import chisquare
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from medim.diffusion import Schedule
+from medim.diffusion import Group
 from medim.sampling import Cost, Plan, sample
 
-ROWS = 20_000
-PLANS = {
+Entry = Plan | tuple[Plan, Plan]
+PLANS: dict[str, Entry] = {
     "ancestral": Plan("ancestral", steps=None),
     "ancestral, 5 steps": Plan("ancestral", steps=5),
     "ancestral, cosine": Plan("ancestral", steps=4, schedule="cosine"),
+    "ancestral, block": Plan("ancestral", steps=6, block=4),
+    "ancestral, block, all": Plan("ancestral", steps=None, block=4),
+    "ancestral, filtered": Plan("ancestral", steps=5, temperature_end=0.2, top_k=4, top_p=0.9),
+    "ancestral, patience": Plan("ancestral", steps=None, patience=1, patience_confidence=0.2),
     "confidence": Plan("confidence", steps=5, schedule="cosine"),
     "confidence, all": Plan("confidence", steps=None),
+    "confidence, block": Plan("confidence", steps=7, block=3),
+    "halton": Plan("halton", steps=5, schedule="cosine"),
+    "halton, block, all": Plan("halton", steps=None, block=5),
+    "entropy": Plan("entropy", steps=None, gamma=2.0),
+    "entropy, block, 6 steps": Plan("entropy", steps=6, gamma=0.5, block=4),
+    "threshold": Plan("threshold", steps=None, tau=0.4),
+    "threshold, 4 steps": Plan("threshold", steps=4, tau=0.9),
+    "ReMDM-cap": Plan("ancestral", steps=9, remask="cap", remask_eta=0.3),
+    "ReMDM-loop": Plan("ancestral", steps=9, remask="rescale", remask_eta=0.5, remask_from=0.7, remask_hold=0.6),
+    "ancestral + confidence": (Plan("ancestral", steps=None), Plan("confidence", steps=3)),
+    "entropy + halton": (Plan("entropy", steps=None, gamma=1.0), Plan("halton", steps=4)),
+    "threshold + ReMDM": (Plan("threshold", steps=6, tau=0.5), Plan("ancestral", steps=8, remask="cap")),
 }
 all_plans = pytest.mark.parametrize("plan", PLANS.values(), ids=list(PLANS))
-both_masks = pytest.mark.parametrize("mask_id", [4, 1], ids=["mask without column", "mask in a column"])
 
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def draw(toy: Any, given: list[int], plan: Plan, rows: int = ROWS, **options: Any) -> Tensor:
-    """Rows that start from `given`; [MASK] there is generated."""
-    canvas = torch.tensor(given).expand(rows, -1)
-    options = {"generator": seeded(1), "mask_id": toy.mask_id, **options}
-    return sample(toy, canvas, canvas == toy.mask_id, plan, **options)
+def each(plan: Entry) -> tuple[Plan, ...]:
+    return (plan,) if isinstance(plan, Plan) else plan
 
 
-def p_value(counts: np.ndarray, p: Tensor) -> float:
-    """Chi-square of counts against probabilities; cells of probability zero must be empty."""
-    possible = p.numpy() > 0
-    assert not counts[~possible].any()
-    expected = p.double().numpy()[possible]
-    return float(chisquare(counts[possible], expected / expected.sum() * counts.sum()).pvalue)
+def but(plan: Entry, **options: Any) -> Entry:
+    """The same plan or plans with other options."""
+    changed = tuple(replace(one, **options) for one in each(plan))
+    return changed if isinstance(plan, tuple) else changed[0]
 
 
-@both_masks
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_ancestral_draws_from_the_true_distribution(toy: Callable[..., Any], mask_id: int, schedule: Any) -> None:
-    it = toy(mask_id=mask_id)
-    ids = draw(it, [mask_id] * 3, Plan("ancestral", steps=None, schedule=schedule))
-    assert p_value(it.count(ids), it.p) > 1e-3
-
-
-def test_ancestral_with_more_steps_than_positions_is_exact(toy: Callable[..., Any]) -> None:
-    it = toy()
-    assert p_value(it.count(draw(it, [4] * 3, Plan("ancestral", steps=64))), it.p) > 1e-3
-    assert len(it.seen) == 3
-
-
-@both_masks
-def test_conditional_ancestral_is_exact(toy: Callable[..., Any], mask_id: int) -> None:
-    it = toy(mask_id=mask_id)
-    given = [mask_id, 2, mask_id]
-    ids = draw(it, given, Plan("ancestral", steps=None))
-    assert p_value(it.count(ids), it.conditional(torch.tensor(given))) > 1e-3
-
-
-@pytest.mark.parametrize(("steps", "schedule"), [(1, "linear"), (2, "linear"), (2, "cosine")])
-def test_few_steps_draw_from_the_distribution_they_should(toy: Callable[..., Any], steps: int, schedule: Any) -> None:
-    """With 2 steps a set A comes first, from its marginals; the rest follows from its marginals given A."""
-    it = toy(seed=2)
-    first = float(Schedule(schedule).alpha(torch.tensor(0.5))) if steps == 2 else 1.0
-    expected = torch.zeros_like(it.p)
-    blank = torch.full_like(it.states, 4)
-    at_once = it.marginals(blank).gather(2, it.states.unsqueeze(2)).squeeze(2)
-    for chosen in itertools.product([True, False], repeat=3):
-        a = torch.tensor(chosen)
-        later = it.marginals(torch.where(a, it.states, blank)).gather(2, it.states.unsqueeze(2)).squeeze(2)
-        weight = first ** sum(chosen) * (1 - first) ** (3 - sum(chosen))
-        expected += weight * at_once[:, a].prod(1) * later[:, ~a].prod(1)
-    counts = it.count(draw(it, [4] * 3, Plan("ancestral", steps=steps, schedule=schedule)))
-    assert p_value(counts, expected) > 1e-3
-    assert p_value(counts, it.p) < 1e-6  # and that is not the true one
-
-
-def test_temperature(toy: Callable[..., Any]) -> None:
-    it = toy(length=1, values=4)
-    for temperature in (0.5, 2.0):
-        wanted = it.p ** (1 / temperature)
-        counts = it.count(draw(it, [4], Plan("ancestral", temperature=temperature)))
-        assert p_value(counts, wanted / wanted.sum()) > 1e-3
-    greedy = draw(it, [4], Plan("ancestral", temperature=0.0), rows=50)
-    assert bool((greedy == it.states[it.p.argmax()]).all())
-
-
-@pytest.mark.parametrize("scale", [0.7, 2.0])
-def test_guidance_is_its_closed_form(toy: Callable[..., Any], scale: float) -> None:
-    it = toy(length=2, values=4, seed=5, sharpness=2.0)
-    joint = it.p.view(4, 4)  # [condition, value]
-    conditional, marginal = joint[2] / joint[2].sum(), joint.sum(0)
-    wanted = conditional ** (1 + scale) / marginal**scale
-    condition = torch.tensor([True, False]).expand(ROWS, -1)
-    ids = draw(it, [2, 4], Plan("ancestral", guidance=scale), condition=condition)
-    assert bool((ids[:, 0] == 2).all())
-    assert p_value(np.bincount(ids[:, 1].numpy(), minlength=4), wanted / wanted.sum()) > 1e-3
-    ids_seen, t_seen = it.seen[0]
-    assert len(ids_seen) == 2 * ROWS  # one batched pass, the second half without the condition
-    assert ids_seen[0].tolist() == [2, 4] and ids_seen[-1].tolist() == [4, 4]
-    assert t_seen[0, 0] == 0 and t_seen[-1, 0] == 1 and torch.equal(t_seen[:ROWS, 1], t_seen[ROWS:, 1])
-
-
-@all_plans
-def test_guidance_of_zero_is_none(toy: Callable[..., Any], plan: Plan) -> None:
-    it = toy(length=4)
-    condition = torch.tensor([True, False, False, False]).expand(200, -1)
-    plain = draw(it, [2, 4, 4, 4], plan, rows=200)
-    assert torch.equal(plain, draw(it, [2, 4, 4, 4], plan, rows=200, condition=condition))
-    almost = Plan(**{**vars(plan), "guidance": 1e-9})
-    assert torch.equal(plain, draw(it, [2, 4, 4, 4], almost, rows=200, condition=condition))
+def run(
+    plan: Entry, denoiser: Any, canvas: Tensor, generate: Tensor | None = None, generator: Any = None, **options: Any
+) -> Tensor:
+    """Sample; of two plans the first has every third position. Two thirds of the positions have a rank."""
+    generate = canvas == MASK if generate is None else generate
+    place = torch.arange(canvas.shape[1], device=canvas.device).expand(canvas.shape)
+    first = generate & (place % 3 == 0)
+    plans = plan if isinstance(plan, Plan) else [(plan[0], first), (plan[1], generate & ~first)]
+    order = torch.where(place % 3 == 1, -1, place * 7 % 64)
+    generator = seeded() if generator is None else generator
+    return sample(denoiser, canvas, generate, plans, mask_id=MASK, generator=generator, order=order, **options)
 
 
 class Hashing:
@@ -159,29 +105,58 @@ def padded(rows: list[Tensor], length: int) -> Tensor:
 
 
 @all_plans
-def test_ends_without_masks_in_at_most_its_steps_and_keeps_what_is_given(plan: Plan) -> None:
-    denoiser, canvas, cost = Hashing(), padded(canvases(), 30), Cost(forward_passes=2)
+def test_ends_without_masks_in_at_most_its_steps_and_keeps_what_is_given(plan: Entry) -> None:
+    denoiser, canvas, cost = Hashing(), padded(canvases(), 30), Cost(2, 0, [1, 0, 0, 0])
     told: list[tuple[int, int]] = []
     generate = canvas == MASK
-    out = sample(
-        denoiser, canvas, generate, plan, mask_id=MASK, generator=seeded(), cost=cost,
-        progress=lambda done, total: told.append((done, total)),
-    )  # fmt: skip
+    out = run(plan, denoiser, canvas, cost=cost, progress=lambda done, total: told.append((done, total)))
     assert bool((out[generate] < 5).all()) and torch.equal(out[~generate], canvas[~generate])
-    passes = len(denoiser.seen)
-    assert passes <= (plan.steps or 20)
-    assert cost == Cost(passes + 2, passes * canvas.numel())
-    assert told == [(k + 1, passes) for k in range(passes)]
+    passes, most = len(denoiser.seen), max(one.capped(20) for one in each(plan))
+    assert passes <= most <= 20
+    assert (cost.forward_passes, cost.active_tokens) == (passes + 2, passes * canvas.numel())
+    assert [done for done, _ in told] == list(range(1, passes + 1)) and passes <= told[0][1] <= most
     left = torch.stack([(ids == MASK).sum(1) for ids, _ in denoiser.seen])
-    assert bool((left.diff(dim=0) <= 0).all()) and bool((left.sum(1).diff() < 0).all())  # no pass is idle
+    remasks = any(one.remask for one in each(plan))
+    if not remasks:  # no pass is idle, and a row has its passes one after the other
+        assert bool((left.diff(dim=0) <= 0).all())
+        assert isinstance(plan, tuple) or bool((left.diff(dim=0) < 0)[left[:-1] > 0].all())
+        assert [a - b for a, b in zip(cost.row_passes, [1, 0, 0, 0], strict=True)] == (left > 0).sum(0).tolist()
     for ids, t in denoiser.seen:
         assert torch.equal(ids[~generate], canvas[~generate]) and not bool(t[~generate].any())
         assert bool(((t >= 0) & (t <= 1.00001)).all())
-    guided = Plan(**{**vars(plan), "guidance": 1.0})
-    condition = torch.zeros_like(generate).index_fill(1, torch.tensor([0]), True)
-    twice = Cost()
-    sample(denoiser, canvas, generate, guided, mask_id=MASK, generator=seeded(), condition=condition, cost=twice)
-    assert twice.active_tokens == 2 * twice.forward_passes * canvas.numel()
+        assert remasks or bool((t[ids == MASK] > 0).all())
+
+
+@all_plans
+def test_both_branches_count(plan: Entry) -> None:
+    canvas, cost = padded(canvases(), 30), Cost()
+    condition = torch.zeros_like(canvas, dtype=torch.bool).index_fill(1, torch.tensor([0]), True)
+    denoiser = Hashing()
+    run(but(plan, guidance=1.0), denoiser, canvas, condition=condition, cost=cost)
+    assert cost.active_tokens == 2 * cost.forward_passes * canvas.numel() == sum(i.numel() for i, _ in denoiser.seen)
+    late = Cost()
+    run(but(plan, guidance=1.0, guidance_from=0.5), denoiser, canvas, condition=condition, cost=late)
+    if all(one.name in ("halton", "confidence") or one.remask for one in each(plan)):  # all rows begin at t=1
+        assert late.active_tokens < 2 * late.forward_passes * canvas.numel()
+    if any(one.name in ("entropy", "threshold") for one in each(plan)):
+        assert late.active_tokens == 2 * late.forward_passes * canvas.numel()
+
+
+@all_plans
+def test_guidance_of_zero_is_none(toy: Callable[..., Any], plan: Entry) -> None:
+    canvas, it = torch.tensor([2, 5, 5, 5]).expand(200, -1), toy(length=4, values=5, mask_id=MASK)
+    condition = torch.tensor([True, False, False, False]).expand(200, -1)
+    plain = run(plan, it, canvas)
+    assert torch.equal(plain, run(plan, it, canvas, condition=condition))
+    assert torch.equal(plain, run(but(plan, guidance=1e-9), it, canvas, condition=condition))
+
+
+@all_plans
+def test_a_plan_is_plain_data(plan: Entry) -> None:
+    import json
+
+    for one in each(plan):
+        assert Plan(**json.loads(json.dumps(asdict(one)))) == one
 
 
 def test_a_mask_that_is_not_generated_is_told_to_be_unknown() -> None:
@@ -200,92 +175,161 @@ def test_nothing_to_generate_costs_nothing() -> None:
 
 
 @all_plans
-@pytest.mark.parametrize("scale", [0.0, 1.5])
-def test_a_row_depends_neither_on_its_neighbours_nor_on_padding(plan: Plan, scale: float) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"guidance": 1.5, "temperature": 3.0}, {"guidance": 2.0, "guidance_schedule": "linear", "guidance_from": 0.6}],
+    ids=["plain", "guided", "guided late"],
+)
+def test_a_row_depends_neither_on_its_neighbours_nor_on_padding(plan: Entry, options: dict[str, Any]) -> None:
     """Two calls one after the other on the same generators, as a pair is made of a report and an image."""
-    plan = Plan(**{**vars(plan), "guidance": scale})
 
-    def run(rows: list[Tensor], numbers: list[int], length: int) -> list[Tensor]:
-        canvas, generators = padded(rows, length), [seeded(100 + i) for i in numbers]
+    def rows_of(rows: list[Tensor], numbers: list[int], length: int) -> tuple[list[Tensor], list[int]]:
+        canvas, generators, cost = padded(rows, length), [seeded(100 + i) for i in numbers], Cost()
         even = (torch.arange(length) % 2 == 0).expand(canvas.shape)
         condition = torch.zeros_like(even).index_fill(1, torch.tensor([0]), True)
         todo = canvas == MASK
         for part in (todo & even, todo & ~even):
-            canvas = sample(Hashing(), canvas, part, plan, mask_id=MASK, generator=generators, condition=condition)
-        return [row[: len(start)] for row, start in zip(canvas, rows, strict=True)]
+            guided = but(plan, **options)
+            canvas = run(guided, Hashing(), canvas, part, generators, condition=condition, cost=cost)
+        return [row[: len(start)] for row, start in zip(canvas, rows, strict=True)], cost.row_passes
 
     rows = canvases()
-    together = run(rows, [0, 1, 2, 3], 24)
+    together, passes = rows_of(rows, [0, 1, 2, 3], 24)
     for i, row in enumerate(rows):
-        assert torch.equal(run([row], [i], len(row))[0], together[i])
-        assert torch.equal(run([row, rows[2]], [i, 9], 40)[0], together[i])
-    assert not torch.equal(run([rows[1]], [5], 24)[0], together[1])  # and it does depend on its seed
+        for beside, numbers, length in (([], [i], len(row)), ([rows[2]], [i, 9], 40)):
+            alone, own_passes = rows_of([row, *beside], numbers, length)
+            assert torch.equal(alone[0], together[i]) and own_passes[0] == passes[i]
+    assert not torch.equal(rows_of([rows[1]], [5], 24)[0][0], together[1])  # and it does depend on its seed
 
 
 @all_plans
-def test_the_same_seed_gives_the_same_rows(plan: Plan) -> None:
+def test_the_same_seed_gives_the_same_rows(plan: Entry) -> None:
     canvas = padded(canvases(), 24)
-
-    def run(seed: int) -> Tensor:
-        return sample(Hashing(), canvas, canvas == MASK, plan, mask_id=MASK, generator=seeded(seed))
-
-    assert torch.equal(run(3), run(3)) and not torch.equal(run(3), run(4))
+    one, again, other = (run(plan, Hashing(), canvas, generator=seeded(seed)) for seed in (3, 3, 4))
+    assert torch.equal(one, again) and not torch.equal(one, other)
 
 
-@pytest.mark.parametrize("trained", [Schedule("linear"), Schedule("cosine")], ids=lambda s: f"trained {s.name}")
-@pytest.mark.parametrize(
-    ("pace", "steps", "left"),
-    [("cosine", 4, [12, 11, 8, 4]), ("linear", 4, [12, 9, 6, 3]), ("linear", None, list(range(12, 0, -1)))],
-)
-def test_confidence_reveals_as_many_as_scheduled(
-    pace: Any, steps: int | None, left: list[int], trained: Schedule
-) -> None:
-    """12 sin(pi/2 x) for x = 3/4, 1/2, 1/4 is 11.09, 8.49, 4.59; told is training's level of that share."""
-    denoiser, canvas = Hashing(), torch.full((3, 12), MASK)
-    plan = Plan("confidence", steps=steps, schedule=pace)
-    sample(denoiser, canvas, canvas == MASK, plan, mask_id=MASK, generator=seeded(), schedule=trained)
-    assert [(ids == MASK).sum(1).tolist() for ids, _ in denoiser.seen] == [[n] * 3 for n in left]
-    for (_, t), n in zip(denoiser.seen, left, strict=True):
-        share = 1 - trained.alpha(t)
-        torch.testing.assert_close(share, torch.full_like(share, n / 12), atol=1e-5, rtol=0)
+def test_a_call_takes_one_number_from_a_rows_generator_whatever_it_does() -> None:
+    canvas = torch.tensor([[1, MASK, MASK, 2]])
+    left = []
+    for places, plan in (([], Plan()), ([1], Plan()), ([1, 2], Plan("confidence", None)), ([2], Plan(remask="cap"))):
+        generator, generate = seeded(), torch.zeros(1, 4, dtype=torch.bool)
+        generate[:, places] = True
+        sample(Hashing(), canvas, generate, plan, mask_id=MASK, generator=[generator])
+        left.append(torch.rand((), generator=generator).item())
+    assert len(set(left)) == 1
 
 
-@pytest.mark.parametrize("trained", [Schedule("linear"), Schedule("cosine")], ids=lambda s: f"trained {s.name}")
-@pytest.mark.parametrize(("pace", "steps"), [("linear", 6), ("cosine", 6), ("linear", None)])
-def test_ancestral_tells_the_level_at_which_so_many_are_masked(pace: Any, trained: Schedule, steps: int | None) -> None:
-    denoiser, canvas = Hashing(), torch.full((150, 50), MASK)
-    plan = Plan("ancestral", steps=steps, schedule=pace)
-    sample(denoiser, canvas, canvas == MASK, plan, mask_id=MASK, generator=seeded(), schedule=trained)
-    for ids, t in denoiser.seen:
-        share, masked = (1 - trained.alpha(t)).mean(), (ids == MASK).float().mean()
-        assert abs(float(share - masked)) < 0.03
+def test_plans_on_one_canvas_draw_independent_values() -> None:
+    """Two positions, the same logits, both revealed at once: alike with probability sum p^2."""
+    logits = torch.tensor([0.0, 0.4, 0.8, -0.3, 0.1])
+    canvas = torch.full((20_000, 2), MASK)
+    left = (torch.arange(2) == 0).expand(canvas.shape)
+    plans = [(Plan(steps=1), left), (Plan("confidence", steps=1), ~left)]
+    ids = sample(
+        lambda ids, t: logits.expand(*ids.shape, -1), canvas, canvas == MASK, plans, mask_id=MASK, generator=seeded()
+    )
+    wanted = float((torch.softmax(logits, 0) ** 2).sum())
+    assert float((ids[:, 0] == ids[:, 1]).float().mean()) == pytest.approx(wanted, abs=0.015)
 
 
-def test_confidence_takes_the_most_probable_first() -> None:
-    logits = torch.zeros(6, 5)
-    logits[range(6), [3, 1, 4, 0, 2, 2]] = torch.tensor([2.0, 6.0, 1.0, 5.0, 3.0, 4.0])
-    seen: list[list[int]] = []
+def test_plans_on_one_canvas_walk_together_each_at_its_own_pace() -> None:
+    canvas, cost = torch.full((2, 12), MASK), Cost()
+    denoiser, text = Hashing(), (torch.arange(12) < 8).expand(2, -1)
+    plans = [(Plan("halton", 4), text), (Plan("confidence", 2), ~text)]
+    order = torch.arange(12).expand(2, -1)
+    sample(denoiser, canvas, canvas == MASK, plans, mask_id=MASK, generator=seeded(), order=order, cost=cost)
+    assert [((ids == MASK) & text).sum(1).tolist() for ids, _ in denoiser.seen] == [[8] * 2, [6] * 2, [4] * 2, [2] * 2]
+    assert [((ids == MASK) & ~text).sum(1).tolist() for ids, _ in denoiser.seen] == [[4] * 2, [2] * 2, [0] * 2, [0] * 2]
+    told = [(t[0, 0].item(), t[0, -1].item()) for _, t in denoiser.seen]
+    assert told == [(1, 1), (0.75, 0.5), (0.5, 0), (0.25, 0)]
+    assert (cost.forward_passes, cost.row_passes) == (4, [4, 4])
 
-    def denoiser(ids: Tensor, t: Tensor) -> Tensor:
-        seen.append(ids[0].tolist())
-        return logits.unsqueeze(0)
 
-    canvas = torch.full((1, 6), MASK)
-    plan = Plan("confidence", steps=3, temperature=0.0, choice_temperature=0.0)
-    out = sample(denoiser, canvas, canvas == MASK, plan, mask_id=MASK, generator=seeded())
-    assert out.tolist() == [[3, 1, 4, 0, 2, 2]]
-    assert seen[1:] == [[5, 1, 5, 0, 5, 5], [5, 1, 5, 0, 2, 2]]
+class Asking(TorchDispatchMode):
+    """Lists the operations that make the host wait for a device, once the denoiser was called."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2", "unique_dim", "item")
+
+    def __init__(self, denoiser: Any) -> None:
+        super().__init__()
+        self.denoiser, self.asked, self.calls = denoiser, [], 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__name__.split(".")[0]
+        boolean_index = name in ("index", "index_put_", "_index_put_impl_") and any(
+            i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]
+        )
+        if self.denoiser.seen and (name in self.WAITS or boolean_index):
+            self.asked.append(name)
+            self.calls = len(self.denoiser.seen)
+        return func(*args, **(kwargs or {}))
+
+
+@all_plans
+@pytest.mark.parametrize("scale", [0.0, 1.5])
+def test_after_the_first_pass_only_the_poll_asks_the_device(plan: Entry, scale: float) -> None:
+    canvas = padded(canvases(), 30)
+    condition = torch.zeros_like(canvas, dtype=torch.bool).index_fill(1, torch.tensor([0]), True)
+    denoiser = Hashing()
+    with Asking(denoiser) as mode:
+        run(but(plan, guidance=scale), denoiser, canvas, condition=condition)
+    polled = not all(one.fixed for one in each(plan))
+    most = len(denoiser.seen) if polled else 0
+    assert mode.asked == ["_local_scalar_dense"] * len(mode.asked) and len(mode.asked) <= most
+    assert bool(mode.asked) == (polled and not any(one.remask for one in each(plan)))  # which knows when it ends
+    with Asking(denoiser) as mode:  # that it would notice
+        bool(canvas.any()), canvas[canvas == MASK]
+    assert mode.asked == ["_local_scalar_dense", "index"]
+
+
+class OnDevice:
+    """Logits that were made on the device beforehand; the columns of [MASK] and padding do not exist."""
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        self.logits = torch.randn(2 * shape[0], shape[1], 5, device="cuda")
+        self.passes = 0
+
+    def groups(self, generate: Tensor) -> list[Group]:
+        return [Group(generate.flatten().nonzero().squeeze(1), 0, 5)]
+
+    def restricted(self, ids: Tensor, t: Tensor, groups: list[Group]) -> list[Tensor]:
+        self.passes += 1
+        if self.passes == 1:
+            torch.cuda.set_sync_debug_mode("error")  # from the first pass on
+        return [self.logits.flatten(0, 1)[group.rows] for group in groups]
+
+    def __call__(self, ids: Tensor, t: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@all_plans
+def test_no_pass_waits_for_the_device(plan: Entry) -> None:
+    canvas = padded(canvases(), 30).cuda()
+    denoiser = OnDevice((4, 30))
+    condition = torch.zeros_like(canvas, dtype=torch.bool)
+    condition[:, 0] = True
+    told: list[int] = []
+    try:
+        ids = run(
+            but(plan, guidance=1.0), denoiser, canvas, condition=condition, progress=lambda done, _: told.append(done)
+        )
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert denoiser.passes == len(told) and not bool((ids == MASK).any())
 
 
 def test_mistakes() -> None:
     canvas = torch.full((2, 3), MASK)
+    generate = canvas == MASK
     with pytest.raises(ValueError, match="guidance needs"):
-        sample(Hashing(), canvas, canvas == MASK, Plan(guidance=1.0), mask_id=MASK, generator=seeded())
+        sample(Hashing(), canvas, generate, Plan(guidance=1.0), mask_id=MASK, generator=seeded())
+    with pytest.raises(ValueError, match="halton needs `order`"):
+        sample(Hashing(), canvas, generate, Plan("halton"), mask_id=MASK, generator=seeded())
     with pytest.raises(ValueError, match="3 generators for 2 rows"):
-        sample(Hashing(), canvas, canvas == MASK, Plan(), mask_id=MASK, generator=[seeded()] * 3)
-    with pytest.raises((ValueError, TypeError)):  # under pytest the check of types comes first
-        Plan("x")  # type: ignore[arg-type]
-    wrong: list[dict[str, Any]] = [{"steps": 0}, {"temperature": -1.0}, {"choice_temperature": -0.1}]
-    for options in wrong:
-        with pytest.raises(ValueError, match=r"at least one step|not negative"):
-            Plan(**options)
+        sample(Hashing(), canvas, generate, Plan(), mask_id=MASK, generator=[seeded()] * 3)
+    for plans in ([(Plan(), generate), (Plan(), generate)], [(Plan(), generate & False)]):
+        with pytest.raises(ValueError, match="must cover `generate`"):
+            sample(Hashing(), canvas, generate, plans, mask_id=MASK, generator=seeded())
