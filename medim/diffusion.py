@@ -153,7 +153,9 @@ def mask_orders(
     rows = [generator] * len(sizes) if isinstance(generator, torch.Generator) else list(generator)
     if len(rows) != len(sizes):
         raise ValueError(f"{len(rows)} generators for {len(sizes)} rows")
-    noise = [torch.rand(n + 1, generator=g, device=g.device).to(generate.device) for n, g in zip(sizes, rows, strict=True)]
+    noise = [
+        torch.rand(n + 1, generator=g, device=g.device).to(generate.device) for n, g in zip(sizes, rows, strict=True)
+    ]
     n = generate.sum(1)
     strata = torch.arange(n_times, device=generate.device).unsqueeze(1)
     offset = torch.stack([row[0] for row in noise])
