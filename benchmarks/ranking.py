@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -28,7 +30,6 @@ from medim import MeDiM, Study
 from medim.cli.common import pick_device, quiet
 from medim.data import embedded, phantom
 from medim.likelihood import DIRECTIONS
-from medim.metrics.coherence import wilson_interval
 
 
 def contests(domain: str, count: int, split: str, seed: int) -> list[tuple[Study, Study]]:
@@ -65,13 +66,20 @@ def figures(bits: dict[str, np.ndarray], differ: np.ndarray) -> dict[str, Any]:
         table[direction] = {}
         for what, other in zip(("report", "image"), others, strict=True):
             won = true > other
-            low, high = wilson_interval(int(won.sum()), len(won))
+            low, high = wilson(int(won.sum()), len(won))
             hard = won[differ == 1]
             table[direction][what] = {
                 "accuracy": float(won.mean()), "interval": [low, high],
                 "one_finding": float(hard.mean()) if len(hard) else None, "one_finding_contests": len(hard),
             }  # fmt: skip
     return table
+
+
+def wilson(won: int, of: int, z: float = 1.96) -> tuple[float, float]:
+    """The 95% interval of a share (Wilson 1927, J. Am. Stat. Assoc. 22, 209)."""
+    share, weight = won / of, z * z / of
+    half = z * math.sqrt(share * (1 - share) / of + weight / (4 * of))
+    return (share + weight / 2 - half) / (1 + weight), (share + weight / 2 + half) / (1 + weight)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -118,12 +126,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     for one in lost:
         print(f"lost by both: {one['id']} against {one['exchanged']} of {one['against']}: {', '.join(one['differ'])}")
     result = {
-        "benchmark": "ranking", "ranking": table, "lost": lost, "mean_bits": {k: v.mean(0).tolist() for k, v in bits.items()},
-        "model": args.model, "studies": args.studies, "domain": args.domain, "split": args.split, "n_times": args.n_times,
-        "study_seed": args.study_seed, "seed": args.seed, "seconds": seconds, "device": device,
-        "threads": torch.get_num_threads(), "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        "command": " ".join(["python", *sys.argv]),
-    }  # fmt: skip
+        "benchmark": "ranking",
+        "ranking": table,
+        "lost": lost,
+        "mean_bits": {direction: values.mean(0).tolist() for direction, values in bits.items()},
+        "seconds": seconds,
+        **vars(args),
+        "device": f"{device}, {torch.get_num_threads()} threads",
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "command": shlex.join(["python", "benchmarks/ranking.py", *(sys.argv[1:] if argv is None else argv)]),
+    }
     print(json.dumps(result))
 
 

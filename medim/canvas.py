@@ -1,21 +1,24 @@
-"""Segments laid out in a row, rows padded to a canvas.
+"""Segments laid out in a row, rows padded or packed to a canvas.
 
 Shape letters: B batch, L canvas length, S segments.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from medim.errors import UserError
 from medim.vocabulary import KINDS, Kind, Vocabulary
 
 ROLES = ("prompt", "report", "image")  # the index of a role is what `Canvas.role` stores
+Fill = Literal["full", "padded", "packed"]
 
 
 @dataclass(frozen=True)
@@ -71,48 +74,107 @@ def layout(segments: Sequence[Segment], vocabulary: Vocabulary) -> Row:
 
 @dataclass(frozen=True)
 class Canvas:
-    """A batch of rows, padded on the right.
+    """A batch of rows, padded on the right, or packed: several studies in one row that do not see each other.
 
     Attributes:
         ids: joint-vocabulary ids.
-        segment: segment number, -1 at tags and padding.
+        segment: number of the segment within its row, -1 at tags and padding.
         kind: index into `medim.vocabulary.KINDS`, -1 at tags and padding.
-        valid: False at padding, which no position attends to.
+        study: number of the study among all those of the canvas, -1 at padding, which no study attends to.
         role: index into `ROLES` of each segment, -1 where a row has fewer.
+        fill: whether all rows hold one study and no padding (``full``), padding too (``padded``), or several studies
+            (``packed``): known beforehand, so that no mask is made, and no device asked, where none is needed.
     """
 
     ids: Int[Tensor, "B L"]
     segment: Int[Tensor, "B L"]
     kind: Int[Tensor, "B L"]
-    valid: Bool[Tensor, "B L"]
+    study: Int[Tensor, "B L"]
     role: Int[Tensor, "B S"]
+    fill: Fill = "padded"
 
     @classmethod
     def collate(cls, rows: Sequence[Row], pad_id: int, length: int | None = None) -> Canvas:
-        """Pad rows to the longest one, or to `length`; padding holds `pad_id` and is not valid."""
+        """One study a row, padded to the longest one, or to `length`; padding holds `pad_id`."""
         longest = max(len(row.ids) for row in rows)
-        shape = (len(rows), max(longest, length or 0))
-        ids, segment, kind = np.full(shape, pad_id), np.full(shape, -1), np.full(shape, -1)
-        valid = np.zeros(shape, dtype=bool)
-        role = np.full((len(rows), max(len(row.roles) for row in rows)), -1)
-        for i, row in enumerate(rows):
-            n = len(row.ids)
-            ids[i, :n], segment[i, :n], kind[i, :n], valid[i, :n] = row.ids, row.segment, row.kind, True
-            role[i, : len(row.roles)] = row.roles
-        return cls(*(torch.from_numpy(array) for array in (ids, segment, kind, valid, role)))
+        length = max(longest, length or 0)
+        fill: Fill = "full" if all(len(row.ids) == length for row in rows) else "padded"
+        return cls._fill([[number] for number in range(len(rows))], rows, pad_id, length, fill)
+
+    @classmethod
+    def pack(cls, rows: Sequence[Row], pad_id: int, length: int) -> Canvas:
+        """As many studies a row as fit in `length` positions: first fit, the longest study first.
+
+        Raises:
+            UserError: a study is longer than `length`.
+        """
+        longest = max(len(row.ids) for row in rows)
+        if longest > length:
+            raise UserError(f"a study of {longest} positions does not fit in packed rows of {length}: pack longer rows")
+        bins: list[list[int]] = []
+        room: list[int] = []
+        for number in sorted(range(len(rows)), key=lambda n: -len(rows[n].ids)):
+            size = len(rows[number].ids)
+            at = next((i for i, left in enumerate(room) if left >= size), len(room))
+            if at == len(room):
+                bins.append([])
+                room.append(length)
+            bins[at].append(number)
+            room[at] -= size
+        return cls._fill(bins, rows, pad_id, length, "packed")
+
+    @classmethod
+    def _fill(cls, bins: Sequence[Sequence[int]], rows: Sequence[Row], pad_id: int, length: int, fill: Fill) -> Canvas:
+        """Row b of the canvas holds the studies `bins[b]` of `rows`, one after the other."""
+        shape = (len(bins), length)
+        ids, segment, kind, study = (np.full(shape, value) for value in (pad_id, -1, -1, -1))
+        role = np.full((len(bins), max(sum(len(rows[n].roles) for n in numbers) for numbers in bins)), -1)
+        for b, numbers in enumerate(bins):
+            start = segments = 0
+            for number in numbers:
+                row = rows[number]
+                at = slice(start, start := start + len(row.ids))
+                ids[b, at], kind[b, at], study[b, at] = row.ids, row.kind, number
+                segment[b, at] = np.where(row.segment < 0, -1, row.segment + segments)
+                role[b, segments : segments + len(row.roles)] = row.roles
+                segments += len(row.roles)
+        made = torch.from_numpy
+        return cls(made(ids), made(segment), made(kind), made(study), made(role), fill)
+
+    @property
+    def valid(self) -> Bool[Tensor, "B L"]:
+        """False at padding."""
+        return self.study >= 0
+
+    @property
+    def position(self) -> Int[Tensor, "B L"]:
+        """Of each position, its number within its study, from 0."""
+        return self._since(self.study)
 
     @property
     def place(self) -> Int[Tensor, "B L"]:
         """Of a code, its number within its image, from 1; 0 at text, tags and padding."""
-        here = torch.arange(self.ids.shape[1], device=self.ids.device).expand_as(self.ids)
-        before = torch.nn.functional.pad(self.segment, (1, 0), value=-1)[:, :-1]
-        first = torch.where(self.segment != before, here, 0).cummax(dim=1).values
-        return torch.where(self.kind == KINDS.index("image"), here - first + 1, 0)
+        return torch.where(self.kind == KINDS.index("image"), self._since(self.segment) + 1, 0)
+
+    @staticmethod
+    def _since(runs: Int[Tensor, "B L"]) -> Int[Tensor, "B L"]:
+        """How many positions a run of equal numbers has gone on."""
+        here = torch.arange(runs.shape[1], device=runs.device).expand_as(runs)
+        before = torch.nn.functional.pad(runs, (1, 0), value=-2)[:, :-1]
+        return here - torch.where(runs != before, here, 0).cummax(dim=1).values
 
     def has_role(self, *names: str) -> Bool[Tensor, "B L"]:
         """True at the positions of segments with one of these roles."""
         wanted = torch.tensor([ROLES.index(name) for name in names], device=self.role.device)
-        by_segment = torch.isin(self.role, wanted)
+        return self._spread(torch.isin(self.role, wanted))
+
+    def outside(self, generate: Bool[Tensor, "B L"]) -> Bool[Tensor, "B L"]:
+        """Positions of segments in which nothing is generated, and tags: what is given, or unknown, throughout."""
+        here = (generate & (self.segment >= 0)).long()
+        touched = torch.zeros_like(self.role).scatter_add(1, self.segment.clamp(min=0), here) > 0
+        return self.valid & ~self._spread(touched)
+
+    def _spread(self, by_segment: Bool[Tensor, "B S"]) -> Bool[Tensor, "B L"]:
         return by_segment.gather(1, self.segment.clamp(min=0)) & (self.segment >= 0)
 
     def with_ids(self, ids: Int[Tensor, "B L"]) -> Canvas:
@@ -121,5 +183,12 @@ class Canvas:
 
     def to(self, device: torch.device | str) -> Canvas:
         """The same canvas on another device."""
-        moved = (v.to(device, non_blocking=True) for v in (self.ids, self.segment, self.kind, self.valid, self.role))
-        return Canvas(*moved)
+        return self._each(lambda values: values.to(device, non_blocking=True))
+
+    def repeat(self, copies: int) -> Canvas:
+        """The same rows `copies` times."""
+        return self._each(lambda values: values.repeat(copies, 1))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Canvas:
+        ids, segment, kind, study, role = map(change, (self.ids, self.segment, self.kind, self.study, self.role))
+        return Canvas(ids, segment, kind, study, role, self.fill)

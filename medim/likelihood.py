@@ -170,8 +170,8 @@ class Scorer:
             raise UserError(f"unknown direction {direction!r}: one of {', '.join(DIRECTIONS)}")
         if self.network.config.condition_dropout == 0:
             raise UserError(
-                f"{self.name}: trained without condition dropout, so that it cannot tell how likely a report is without its "
-                "image: train with objective.condition_dropout above 0"
+                f"{self.name}: trained without condition dropout: it cannot tell how likely a report is without its "
+                "image; train with objective.condition_dropout above 0"
             )
         self._check(studies)
         codes: dict[tuple[int, str], list[int]] = {}  # by picture, so that K reports encode it once
@@ -212,11 +212,11 @@ class Scorer:
             scored = torch.zeros_like(canvas.valid)
             for i, query in enumerate(part):
                 scored[i, : len(query.scored)] = torch.from_numpy(query.scored)
-            canvas = canvas.to(self.network.device)
+            canvas, scored = canvas.to(self.network.device), scored.to(self.network.device)
             terms = nelbo_tokens(
-                self.network.denoiser(canvas),
+                self.network.denoiser(canvas, scored),
                 canvas.ids,
-                scored.to(canvas.ids.device),
+                scored,
                 mask_id=self.joint.vocabulary.mask,
                 n_times=self.n_times,
                 generator=[torch.Generator().manual_seed(query.seed) for query in part],

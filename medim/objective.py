@@ -13,13 +13,14 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from medim.canvas import ROLES, Canvas
 from medim.config import options
 from medim.diffusion import Schedule, ScheduleName, Weighting
 from medim.model.head import restricted_cross_entropy
+from medim.model.medim import ConditionAttention
 from medim.vocabulary import KINDS
 
 T_BINS = 10
@@ -34,6 +35,8 @@ class ObjectiveOptions:
     Attributes:
         tasks: mixture weights; ``pair`` draws an independent noise level for each segment.
         condition_dropout: probability that the given segment is wholly masked instead (trains guidance).
+        condition_attention: whether given segments attend to generated ones (``full``, the paper's) or only to each
+            other (``prefix``: sampling computes them once).
         weighting: ``mdlm`` is the bound's -alpha'/(1-alpha), ``flat`` is MaskGIT's 1.
         modality_weights: factor on the loss of text and of image positions.
         min_t: the smallest noise level drawn: the bound's weight has a pole at t=0.
@@ -41,6 +44,7 @@ class ObjectiveOptions:
 
     tasks: dict[Task, float] = field(default_factory=lambda: {"pair": 0.6, "report": 0.2, "image": 0.2})
     condition_dropout: float = 0.1
+    condition_attention: ConditionAttention = "full"
     schedule: ScheduleName = "linear"
     weighting: Weighting = "flat"
     modality_weights: dict[Literal["text", "image"], float] = field(default_factory=lambda: {"text": 1.0, "image": 1.0})
@@ -55,11 +59,13 @@ class Batch:
     t: Float[Tensor, "B S"]
     rows: tuple[Int[Tensor, "_"], ...]  # by kind, N of each: supervised places of the flattened [B*L]
     targets: tuple[Int[Tensor, "_"], ...]  # by kind: their clean ids
+    given: Bool[Tensor, "B L"] | None = None  # positions that attend to each other only
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
         rows, targets = (tuple(v.to(device, non_blocking=True) for v in part) for part in (self.rows, self.targets))
-        return Batch(self.canvas.to(device), self.t.to(device, non_blocking=True), rows, targets)
+        given = None if self.given is None else self.given.to(device, non_blocking=True)
+        return Batch(self.canvas.to(device), self.t.to(device, non_blocking=True), rows, targets, given)
 
 
 @dataclass(frozen=True)
@@ -107,17 +113,32 @@ def noise_levels(
 def make_batch(
     canvas: Canvas, places: Sequence[int], batch_size: int, step: int, seed: int, o: ObjectiveOptions, mask_id: int
 ) -> Batch:
-    """Noise the rows of `canvas`, which stand at `places` of the global batch of a step."""
-    roles = canvas.role.numpy()
-    t, supervised = noise_levels(roles, places, batch_size, step, seed, o)
-    length = canvas.ids.shape[1]
-    noise = np.stack([np.random.default_rng([seed, 2, step, place]).random(length) for place in places])
-    segment = canvas.segment.numpy()
+    """Noise the studies of `canvas`, which stand at `places` of the global batch of a step, padded or packed."""
+    segment, study, position = canvas.segment.numpy(), canvas.study.numpy(), canvas.position.numpy()
+    here = segment >= 0
+    owner = np.zeros_like(canvas.role.numpy())  # the study of each segment of a row
+    row = np.broadcast_to(np.arange(len(segment))[:, None], segment.shape)
+    owner[row[here], segment[here]] = study[here]
+    first = np.zeros(len(places), dtype=np.int64)  # the number that the first segment of a study has in its row
+    for number in range(owner.shape[1] - 1, -1, -1):
+        used = canvas.role.numpy()[:, number] >= 0
+        first[owner[used, number]] = number
+    own = np.arange(owner.shape[1]) - first[owner]  # and so the number of a segment within its study
+    used = canvas.role.numpy() >= 0
+    roles = np.full((len(places), int(own[used].max(initial=0)) + 1), -1)
+    roles[owner[used], own[used]] = canvas.role.numpy()[used]
+    drawn, learnt = noise_levels(roles, places, batch_size, step, seed, o)
+    t = np.where(used, drawn[owner, np.where(used, own, 0)], 0.0).astype(np.float32)
+    supervised = used & learnt[owner, np.where(used, own, 0)]
+
+    longest = int(position.max()) + 1
+    noise = np.stack([np.random.default_rng([seed, 2, step, place]).random(longest) for place in places])
     at = np.clip(segment, 0, None)
-    level = np.where(segment >= 0, np.take_along_axis(t, at, 1), 0.0)
+    level = np.where(here, np.take_along_axis(t, at, 1), 0.0)
     alpha = Schedule(o.schedule).alpha(torch.from_numpy(level)).numpy()
-    masked = (noise < 1 - alpha) & (segment >= 0)
-    scored = (masked & np.take_along_axis(supervised, at, 1)).ravel()
+    masked = (noise[study, position] < 1 - alpha) & here
+    learning = here & np.take_along_axis(supervised, at, 1)
+    scored = (masked & learning).ravel()
     clean, kind = canvas.ids.numpy(), canvas.kind.numpy().ravel()
     rows = tuple(np.flatnonzero(scored & (kind == number)) for number in range(len(KINDS)))
     return Batch(
@@ -125,6 +146,7 @@ def make_batch(
         t=torch.from_numpy(t),
         rows=tuple(torch.from_numpy(r) for r in rows),
         targets=tuple(torch.from_numpy(clean.ravel()[r]) for r in rows),
+        given=canvas.outside(torch.from_numpy(learning)) if o.condition_attention == "prefix" else None,
     )
 
 
@@ -144,11 +166,9 @@ def loss(model: nn.Module, batch: Batch, o: ObjectiveOptions) -> Loss:
     level = canvas.segment.clamp(min=0)
     tagged = torch.cat([batch.t, torch.zeros_like(batch.t[:, :1])], dim=1)  # tags and padding are always given: t=0
     level = torch.where(canvas.segment < 0, batch.t.shape[1], level)
-    hidden = model(canvas.ids, tagged, level, canvas.valid, canvas.place).flatten(0, 1)
+    network: Any = model.module if hasattr(model, "module") else model  # DDP's wrapper runs, the inner one knows
+    hidden = model(canvas.ids, tagged, level, **network.attention(canvas, batch.given)).flatten(0, 1)
     t_flat = tagged.gather(1, level).flatten()
-    network: Any = (
-        model.module if hasattr(model, "module") else model
-    )  # under DDP the wrapper runs, the inner one knows
     schedule, weight = Schedule(o.schedule), network.output_weight
     total = hidden.new_zeros((), dtype=torch.float32)
     nats = torch.zeros(len(KINDS), T_BINS, device=hidden.device)

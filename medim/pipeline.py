@@ -248,7 +248,7 @@ class MeDiM:
         ids, cost = canvas.ids, Cost()
         for generate, condition, plan in self._phases(task, canvas, sampling):
             ids = sample(
-                self.model.denoiser(canvas),
+                self.model.denoiser(canvas, generate),
                 ids,
                 generate,
                 plan,

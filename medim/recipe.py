@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from pydantic import Field
 
 from medim.config import options
 from medim.data import embedded, prepare
@@ -28,12 +30,14 @@ class DataOptions:
     Attributes:
         path: folder of `medim prepare`.
         studies: when `path` is missing, so many embedded studies are encoded there; 0 says that it must exist.
+        pack: positions of a row that several studies share without seeing each other; 0 pads one study a row.
         lungs: outlines of the embedded X-rays; `real` ones come with an installed torchxrayvision.
     """
 
     path: str
     studies: int = 0
     lungs: Outlines = "ellipse"
+    pack: Annotated[int, Field(ge=0)] = 0
 
 
 @options
@@ -78,6 +82,7 @@ def make_task(config: TrainConfig) -> DiffusionTask:
             f"objective.schedule={config.objective.schedule}: {config.init} was trained with {model.config.schedule}"
         )
     model.config.condition_dropout = config.objective.condition_dropout
+    model.config.condition_attention = config.objective.condition_attention
     folder = Path(config.data.path)
     if config.data.studies:
         data = prepare.prepare(
@@ -89,4 +94,6 @@ def make_task(config: TrainConfig) -> DiffusionTask:
     else:
         data = prepare.load(folder, joint.image)
     write = partial(save_folder, joint=joint, sampling=sampling)
-    return DiffusionTask(model, joint, data, config.objective, config.train.batch_size, config.seed, write)
+    return DiffusionTask(
+        model, joint, data, config.objective, config.train.batch_size, config.seed, write, config.data.pack
+    )

@@ -172,6 +172,27 @@ def test_parts_of_a_batch_sum_to_the_whole(tiny_network: MeDiMModel, batch_of: A
             torch.testing.assert_close(parts[3][name], value, rtol=1e-3, atol=1e-3 * float(value.abs().max()))
 
 
+@pytest.mark.parametrize("condition", ["full", "prefix"])
+def test_packed_rows_have_the_losses_and_gradients_of_padded_ones(
+    tiny_network: MeDiMModel, make_rows: Any, vocabulary: Vocabulary, condition: Any
+) -> None:
+    rows, o = make_rows(LENGTHS), ObjectiveOptions(condition_attention=condition, condition_dropout=0.3)
+    found = []
+    for canvas in (Canvas.collate(rows, 0), Canvas.pack(rows, 0, 50)):
+        tiny_network.zero_grad()
+        batch = make_batch(canvas, range(8), 8, 3, 5, o, vocabulary.mask)
+        one = loss(tiny_network, batch, o)
+        one.total.backward()
+        found.append((one, count(batch, o), {n: p.grad.clone() for n, p in tiny_network.named_parameters()}, batch))
+    (padded, weight, slopes, wide), (packed, weight_too, slopes_too, narrow) = found
+    assert wide.canvas.ids.shape == (8, 19) and narrow.canvas.ids.shape == (3, 50) and weight == weight_too
+    assert torch.equal(padded.positions, packed.positions)
+    torch.testing.assert_close(padded.nats, packed.nats, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(padded.total, packed.total, rtol=1e-5, atol=1e-4)
+    for name, value in slopes.items():
+        torch.testing.assert_close(slopes_too[name], value, rtol=1e-3, atol=1e-3 * float(value.abs().max()) + 1e-6)
+
+
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_the_mdlm_loss_is_the_bound(
     tiny_network: MeDiMModel, make_rows: Any, vocabulary: Vocabulary, schedule: Any
@@ -187,8 +208,8 @@ def test_the_mdlm_loss_is_the_bound(
         losses = torch.stack([loss(tiny_network, batch, o).total / 64 for batch in batches])
     report, generator = canvas.has_role("report"), torch.Generator().manual_seed(0)
     strata = nelbo_tokens(
-        tiny_network.denoiser(canvas), canvas.ids, report, mask_id=vocabulary.mask, n_times=50, generator=generator,
-        schedule=Schedule(schedule),
+        tiny_network.denoiser(canvas, report), canvas.ids, report, mask_id=vocabulary.mask, n_times=50,
+        generator=generator, schedule=Schedule(schedule),
     )  # fmt: skip
     bound = strata[1:].mean(0).sum(1)
     error = math.hypot(float(losses.std()) / math.sqrt(len(losses)), float(bound.std()) / math.sqrt(len(bound)))

@@ -1,27 +1,28 @@
 """The denoiser network: a bidirectional decoder, AdaLN for the noise level, a head restricted to what is needed.
 
-Shape letters: B batch, L canvas length, T noise levels a row, D hidden width, N selected rows, V joint vocabulary.
+Shape letters: B batch, L canvas length, Q positions that are run, T noise levels a row, D hidden width, V joint
+vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, Cache, PreTrainedConfig, PreTrainedModel
 
 from medim.canvas import Canvas
 from medim.config import options
-from medim.diffusion import Group, Schedule, ScheduleName
+from medim.diffusion import Schedule, ScheduleName
+from medim.errors import UserError
 from medim.model.adaln import AdaLN, TimeEmbedding
+from medim.model.attention import attention_of, key_mask
 from medim.model.backbone import BackboneOptions, config_from_options, decoder_layers, grow_vocabulary, make_backbone
-from medim.model.head import restricted_logits
-from medim.vocabulary import KINDS, Vocabulary
+from medim.model.denoiser import BoundDenoiser
+from medim.vocabulary import Vocabulary
 
 
 @options
@@ -148,69 +149,70 @@ class MeDiMModel(PreTrainedModel):
 
     def forward(
         self,
-        ids: Int[Tensor, "B L"],
+        ids: Int[Tensor, "B Q"],
         t: Float[Tensor, "B T"],
-        level: Int[Tensor, "B L"] | None = None,
-        valid: Bool[Tensor, "B L"] | None = None,
-        place: Int[Tensor, "B L"] | None = None,
-    ) -> Float[Tensor, "B L D"]:
+        level: Int[Tensor, "B Q"] | None = None,
+        attention_mask: Any = None,
+        position_ids: Int[Tensor, "_ Q"] | None = None,
+        place: Int[Tensor, "B Q"] | None = None,
+        past_key_values: Cache | None = None,
+        **kernel: Any,
+    ) -> Float[Tensor, "B Q D"]:
         """Hidden states after the last norm; logits are their product with rows of `output_weight`.
 
         Args:
             t: noise levels in [0, 1], T a row.
-            level: which of the T levels each position has; None: T = L, each its own.
-            valid: False at padding, which is attended to by no position.
+            level: which of the T levels each position has; None: T = Q, each its own.
+            attention_mask: bool [B, Q], False at padding, which no position attends to; or what
+                `medim.model.attention` makes; None: all attend to all.
+            position_ids: None: 0, 1, 2, ...; packed studies restart.
             place: number of a code within its image, from 1 (`Canvas.place`); left out, codes have no place.
+            past_key_values: keys and values of positions that are not among the Q.
+            kernel: more arguments of the attention backend.
+
+        Raises:
+            UserError: the canvas is longer than the positions that the backbone knows.
         """
+        limit = getattr(self.backbone.config, "max_position_embeddings", None)
+        if position_ids is None and limit is not None and ids.shape[1] > limit:
+            raise UserError(f"a canvas of {ids.shape[1]} positions is longer than the backbone's {limit}")
         embedded = self.backbone.get_input_embeddings()(ids)
         if self.place is not None and place is not None:
             embedded = embedded + self.place(place.clamp(max=self.config.places))
+        if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+            attention_mask = key_mask(attention_mask, self.attention_backend, embedded.dtype, ids.shape[1])
         return self.backbone.get_decoder()(
-            inputs_embeds=embedded, attention_mask=valid, use_cache=False, time=self.time(t), level=level
+            inputs_embeds=embedded,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=past_key_values is not None,
+            is_causal=False,
+            time=self.time(t),
+            level=level,
+            **kernel,
         ).last_hidden_state
 
-    def denoiser(self, canvas: Canvas) -> BoundDenoiser:
-        """This model as the callable that samplers and bounds take, on the layout of one canvas."""
-        return BoundDenoiser(self, canvas.kind, canvas.valid, canvas.place)
+    @property
+    def attention_backend(self) -> str:
+        """What computes attention: sdpa, eager, flash_attention_2 or flex_attention."""
+        return str(self.backbone.config._attn_implementation)
 
+    def attention(self, canvas: Canvas, given: Bool[Tensor, "B L"] | None = None) -> dict[str, Any]:
+        """The arguments of `forward` that a canvas asks for; `given` as in `attention_of`."""
+        return attention_of(canvas, given, self.attention_backend, self.dtype) | {"place": canvas.place}
 
-@dataclass(frozen=True)
-class BoundDenoiser:
-    """A model on one layout: knows which columns each position can hold and what is padding."""
+    def compile_blocks(self, **options: Any) -> None:
+        """`torch.compile` each decoder layer with its AdaLN by itself: small graphs without breaks, fast to compile.
 
-    model: MeDiMModel
-    kind: Int[Tensor, "B L"]
-    valid: Bool[Tensor, "B L"]
-    place: Int[Tensor, "B L"]
+        Args:
+            options: of `torch.compile`.
+        """
+        for layer in decoder_layers(self.backbone):
+            layer.compile(**options)
 
-    def groups(self, generate: Bool[Tensor, "B L"]) -> list[Group]:
-        """Generated positions by kind; kinds that do not occur are left out."""
-        groups = []
-        kinds = self.kind.repeat(len(generate) // len(self.kind), 1)  # guidance runs the layout twice in one batch
-        for number, kind in enumerate(KINDS):
-            rows = (generate & (kinds == number)).flatten().nonzero().squeeze(1)
-            if len(rows):
-                groups.append(Group(rows, *self.model.vocabulary.columns(kind)))
-        return groups
-
-    def restricted(
-        self, ids: Int[Tensor, "B L"], t: Float[Tensor, "B L"], groups: Sequence[Group]
-    ) -> list[Float[Tensor, "_ _"]]:
-        """Logits of each group's rows over its columns."""
-        flat = self._hidden(ids, t).flatten(0, 1)
-        weight = self.model.output_weight
-        return [restricted_logits(flat[group.rows], weight, group.start, group.stop) for group in groups]
-
-    def __call__(self, ids: Int[Tensor, "B L"], t: Float[Tensor, "B L"]) -> Float[Tensor, "B L V"]:
-        """All logits; -inf outside the columns of a position's kind."""
-        logits = self._hidden(ids, t) @ self.model.output_weight.T
-        allowed = torch.zeros(len(KINDS) + 1, logits.shape[-1], dtype=torch.bool, device=logits.device)
-        for number, kind in enumerate(KINDS):
-            start, stop = self.model.vocabulary.columns(kind)
-            allowed[number, start:stop] = True
-        allowed[-1] = True  # tags and padding (kind -1): never predicted, so nothing is excluded
-        return logits.masked_fill(~allowed[self.kind], -torch.inf)
-
-    def _hidden(self, ids: Int[Tensor, "B L"], t: Float[Tensor, "B L"]) -> Float[Tensor, "B L D"]:
-        copies = len(ids) // len(self.valid)
-        return self.model(ids, t, None, self.valid.repeat(copies, 1), self.place.repeat(copies, 1))
+    def denoiser(
+        self, canvas: Canvas, generate: Bool[Tensor, "B L"], refresh: int = 1, cache: bool = True
+    ) -> BoundDenoiser:
+        """This model as the callable that samplers and bounds take, on one canvas: see `BoundDenoiser`."""
+        return BoundDenoiser(self, canvas, generate, refresh, cache)

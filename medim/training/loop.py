@@ -140,6 +140,8 @@ class _Run:
             )
         if o.gradient_checkpointing:
             task.model.activation_checkpointing_enable()  # type: ignore[operator]
+        if o.compile:
+            task.model.compile_blocks()  # type: ignore[operator]
         self.model, self.optimizer = self.accelerator.prepare(task.model, make_optimizer(task.model, o))
         self.inner = self.accelerator.unwrap_model(self.model)
         self.ema, self.first = EMA(self.inner, o.ema), 0
@@ -187,7 +189,6 @@ def train(task: Task, o: TrainOptions, run_dir: Path, resolved: str) -> Path:
         print(f"{run_dir}: trained to the end already; to train again, remove it or change run_dir", file=sys.stderr)
         return run_dir / "final"
     run = _Run(task, o, run_dir, resolved)
-    runner: nn.Module = torch.compile(run.model) if o.compile else run.model  # type: ignore[assignment]
     meter = Meter(run_dir, run.first, o.steps, o.batch_size, enabled=run.lead, tensorboard=o.tensorboard)
     steps = _Steps(task, run.rank, run.world, o, run.first)
     run.model.train()
@@ -197,7 +198,7 @@ def train(task: Task, o: TrainOptions, run_dir: Path, resolved: str) -> Path:
             rate = learning_rate(step - 1, o)
             for group in run.optimizer.param_groups:
                 group["lr"] = rate
-            losses, norm = _update(run.accelerator, task, runner, run.optimizer, parts, o)
+            losses, norm = _update(run.accelerator, task, run.model, run.optimizer, parts, o)
             run.ema.update(run.inner, step)
             if step % o.log_every == 0 or step == o.steps:
                 loss = _reduced(run.accelerator, losses)

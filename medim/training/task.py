@@ -33,11 +33,15 @@ class DiffusionTask:
         batch_size: int,
         seed: int,
         write: Callable[[Path, MeDiMModel, Slots], None],
+        pack: int = 0,
     ) -> None:
-        """`write` makes a self-contained folder of a model, given the histogram of report slots it was trained on."""
+        """`write` makes a self-contained folder of a model, given the histogram of report slots it was trained on.
+
+        `pack`: positions of a row that holds several studies; 0: one study a row, padded.
+        """
         self.model = model
         self.joint, self.data, self.objective = joint, data.with_format("numpy"), objective
-        self.batch_size, self.seed, self.write = batch_size, seed, write
+        self.batch_size, self.seed, self.write, self.pack = batch_size, seed, write, pack
 
     def row(self, index: int) -> Row:
         """One stored study as a row."""
@@ -54,7 +58,8 @@ class DiffusionTask:
         return [self._batch(step, indices, places) for places in np.array_split(mine, parts)]
 
     def _batch(self, step: int, indices: np.ndarray, places: np.ndarray) -> Batch:
-        canvas = Canvas.collate([self.row(int(indices[p])) for p in places], self.joint.vocabulary.eos)
+        rows, fill = [self.row(int(indices[p])) for p in places], self.joint.vocabulary.eos
+        canvas = Canvas.pack(rows, fill, self.pack) if self.pack else Canvas.collate(rows, fill)
         mask_id = self.joint.vocabulary.mask
         return make_batch(canvas, places.tolist(), self.batch_size, step, self.seed, self.objective, mask_id)
 

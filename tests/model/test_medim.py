@@ -196,7 +196,7 @@ def test_other_classes_from_scratch(kind: str, vocabulary: Vocabulary, canvas: C
 
 
 def test_the_bound_denoiser_restricts_before_the_product(tiny_network: MeDiMModel, canvas: Canvas) -> None:
-    denoiser, vocabulary = tiny_network.denoiser(canvas), tiny_network.vocabulary
+    denoiser, vocabulary = tiny_network.denoiser(canvas, canvas.kind >= 0), tiny_network.vocabulary
     generate = (canvas.kind >= 0) & (torch.rand(canvas.ids.shape) < 0.6)
     groups = denoiser.groups(generate)
     assert [(g.start, g.stop) for g in groups] == [vocabulary.text, vocabulary.image]
@@ -220,7 +220,7 @@ def test_the_bound_denoiser_restricts_before_the_product(tiny_network: MeDiMMode
 
 
 def test_the_bound_denoiser_runs_its_layout_twice_for_guidance(tiny_network: MeDiMModel, canvas: Canvas) -> None:
-    denoiser = tiny_network.denoiser(canvas)
+    denoiser = tiny_network.denoiser(canvas, canvas.kind == 1)
     generate = canvas.kind == 1
     (once,), (twice,) = denoiser.groups(generate), denoiser.groups(torch.cat([generate, generate]))
     assert torch.equal(twice.rows, torch.cat([once.rows, once.rows + canvas.ids.numel()]))

@@ -1,0 +1,196 @@
+"""What sampling costs, each way against a named alternative, paired, in one run.
+
+python benchmarks/sampling.py                                    # all three parts, 2 CPU cores: see docs/sampling.md
+python benchmarks/sampling.py --parts cache,batch --n 8          # small, a minute
+
+plans   pairs of the model's own plan against 128-step confidence sampling (MaskGIT's, which the paper uses): forward
+        passes, positions run, and coherence of report and image, on the same studies' seeds
+cache   reports with what is given computed once against computed in every pass, at 256 codes + 64 text tokens
+batch   batches of 8 against one sample at a time: samples a second, and whether they are the same samples
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from report import finish, table
+
+from eval.measure import READERS
+from medim.canvas import Canvas, Segment, layout
+from medim.data import embedded
+from medim.metrics import coherence
+from medim.pipeline import MeDiM, Request, Sample, Sampling
+from medim.sampling import Plan, sample
+
+BASELINE = Plan("confidence", steps=128, schedule="cosine")
+CODES, TEXT = 256, 64
+
+
+def timed(work: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
+    """What `work` returns, and its seconds."""
+    started = time.perf_counter()
+    result = work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return result, time.perf_counter() - started
+
+
+def make(model: MeDiM, n: int, seed: int, sampling: Sampling, batch_size: int) -> list[Sample]:
+    """`n` X-ray pairs."""
+    requests = [Request(f"pair-{i:05d}", "xray", (seed, i)) for i in range(n)]
+    return list(model.generate("pair", requests, batch_size=batch_size, sampling=sampling))
+
+
+def plans(model: MeDiM, n: int, seed: int, batch_size: int) -> dict[str, Any]:
+    """The model's own plan against two forms of the baseline: all at once, and one segment after the other."""
+    own = model.sampling
+    ways = {
+        "own plan": own,
+        "confidence 128, together": Sampling(BASELINE, BASELINE, "together"),
+        "confidence 128, report first": Sampling(
+            replace(BASELINE, guidance=own.report.guidance), replace(BASELINE, guidance=own.image.guidance)
+        ),
+    }
+    found: dict[str, Any] = {}
+    for name, sampling in ways.items():
+        made, seconds = timed(lambda s=sampling: make(model, n, seed, s, batch_size), model.model.device)  # type: ignore[misc]
+        seen = READERS["xray"]([one.image for one in made])
+        told = [embedded.PARSERS["xray"](one.report) for one in made]
+        found[name] = {
+            "forward_passes": made[0].stats["forward_passes"],
+            "seconds_a_sample": seconds / n,
+            "coherence": coherence.micro(seen, told).f1,
+            "interval": coherence.bootstrap_interval(seen, told, seed=seed),
+            "floor": coherence.shuffled_floor(seen, told),
+        }
+    passes = {name: row["forward_passes"] for name, row in found.items()}
+    return {
+        "ways": found,
+        "samples": n,
+        "passes_ratio": passes["own plan"] / 128,
+        "coherence_gain": {
+            name: found["own plan"]["coherence"] - row["coherence"] for name, row in found.items() if name != "own plan"
+        },
+    }
+
+
+def cache(model: MeDiM, seed: int, batch_sizes: Sequence[int], repeats: int, steps: int = 22) -> dict[str, Any]:
+    """Seconds to write reports of 64 positions for images of 256 codes, the ids drawn at random."""
+    network, vocabulary = model.model, model.joint.vocabulary
+    network.config.condition_attention = "prefix"
+    rng, found = np.random.default_rng(seed), {}
+    for size in batch_sizes:
+        rows = [
+            layout(
+                [
+                    Segment("image", "xray", rng.integers(*vocabulary.image, CODES).tolist()),
+                    Segment("report", "text", [vocabulary.mask] * TEXT),
+                ],
+                vocabulary,
+            )
+            for _ in range(size)
+        ]
+        canvas = Canvas.collate(rows, vocabulary.eos).to(network.device)
+        report, seconds, made = canvas.has_role("report"), {True: [], False: []}, {}
+
+        def write(kept: bool, canvas: Canvas = canvas, report: torch.Tensor = report) -> torch.Tensor:
+            generator = torch.Generator(network.device).manual_seed(seed)
+            denoiser = network.denoiser(canvas, report, cache=kept)
+            plan = Plan("ancestral", steps=steps)
+            return sample(denoiser, canvas.ids, report, plan, mask_id=vocabulary.mask, generator=generator)
+
+        for _ in range(repeats + 1):
+            for kept in (True, False):
+                made[kept], spent = timed(lambda kept=kept: write(kept), network.device)  # type: ignore[misc]
+                seconds[kept].append(spent)
+        with_it, without = (statistics.median(seconds[kept][1:]) for kept in (True, False))  # the first warms up
+        found[f"batch {size}"] = {
+            "seconds_cached": with_it,
+            "seconds_uncached": without,
+            "times_faster": without / with_it,
+            "same_reports": bool(torch.equal(made[True], made[False])),
+        }
+    return {"codes": CODES, "text": TEXT, "steps": steps, **found}
+
+
+def batch(model: MeDiM, seed: int, n: int, repeats: int) -> dict[str, Any]:
+    """Samples a second at batch sizes 1 and 8."""
+    seconds: dict[int, list[float]] = {1: [], 8: []}
+    made: dict[int, list[Sample]] = {}
+    for _ in range(repeats):
+        for size in seconds:
+            made[size], spent = timed(lambda s=size: make(model, n, seed, model.sampling, s), model.model.device)  # type: ignore[misc]
+            seconds[size].append(spent)
+    rate = {size: n / statistics.median(values) for size, values in seconds.items()}
+    same = [
+        a.report == b.report and np.array_equal(a.codes, b.codes) and a.image.tobytes() == b.image.tobytes()
+        for a, b in zip(made[1], made[8], strict=True)
+    ]
+    return {"samples_a_second": rate, "times_faster": rate[8] / rate[1], "same_samples": sum(same), "samples": n}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo", help="a model folder, or demo")
+    parser.add_argument("--parts", default="plans,cache,batch")
+    parser.add_argument("--n", type=int, default=240, help="pairs of part plans; part batch makes a tenth (240)")
+    parser.add_argument("--repeats", type=int, default=5, help="of each timing; the median counts (5)")
+    parser.add_argument("--batch-size", type=int, default=24, help="of part plans (24)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    model = MeDiM.from_pretrained(args.model, args.device)
+    parts = args.parts.split(",")
+    figures: dict[str, Any] = {}
+    if "batch" in parts:
+        n = max(8, args.n // 80 * 8)
+        figures["batch"] = batch(model, args.seed, n, max(1, args.repeats // 2))
+        rows = [[f"batch {size}", f"{rate:.2f}"] for size, rate in figures["batch"]["samples_a_second"].items()]
+        table(["pairs", "samples/s"], rows)
+        print(f"{figures['batch']['times_faster']:.2f} times; {figures['batch']['same_samples']} of {n} samples equal\n")
+    if "plans" in parts:
+        figures["plans"] = plans(model, args.n, args.seed, args.batch_size)
+        table(
+            ["pairs", "forward passes", "s a sample", "coherence", "95% interval", "floor"],
+            [
+                [
+                    name,
+                    row["forward_passes"],
+                    f"{row['seconds_a_sample']:.2f}",
+                    f"{row['coherence']:.3f}",
+                    "{:.3f} to {:.3f}".format(*row["interval"]),
+                    f"{row['floor']:.3f}",
+                ]
+                for name, row in figures["plans"]["ways"].items()
+            ],
+        )
+        print()
+    if "cache" in parts:  # the last one: it changes the model's configuration
+        figures["cache"] = cache(model, args.seed, (1, 8), args.repeats)
+        names = [name for name in figures["cache"] if name.startswith("batch")]
+        table(
+            ["reports, 256 codes + 64 text", "ms cached", "ms uncached", "times faster", "same"],
+            [
+                [
+                    name,
+                    f"{1000 * figures['cache'][name]['seconds_cached']:.0f}",
+                    f"{1000 * figures['cache'][name]['seconds_uncached']:.0f}",
+                    f"{figures['cache'][name]['times_faster']:.2f}",
+                    figures["cache"][name]["same_reports"],
+                ]
+                for name in names
+            ],
+        )
+    finish(figures, seed=args.seed, device=args.device)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
