@@ -183,6 +183,37 @@ def token_nll(
     return nll.view(ids.shape)
 
 
+Generators = torch.Generator | Sequence[torch.Generator]
+
+
+def mask_orders(
+    generate: Bool[Tensor, "B L"], n_times: int, generator: Generators
+) -> tuple[Int[Tensor, "T B"], Int[Tensor, "T B L"]]:
+    """How many generated positions are masked at each of T=`n_times` noise levels, and in which order.
+
+    At level k the positions whose order is less than the count are masked; a position that is not generated has order
+    L. A row draws one offset for its levels (stratum k of 1..n holds the count of level k) and one permutation of its n
+    generated positions, which is turned on from level to level by the counts before it: each mask alone is a uniformly
+    drawn set, and together they cover all positions as evenly as they can. Noise is drawn on the generator's device,
+    n + 1 numbers a row, so that it depends on neither the padding nor, with a generator a row, the rows beside it.
+    """
+    sizes = generate.sum(1).tolist()
+    rows = [generator] * len(sizes) if isinstance(generator, torch.Generator) else list(generator)
+    if len(rows) != len(sizes):
+        raise ValueError(f"{len(rows)} generators for {len(sizes)} rows")
+    noise = [
+        torch.rand(n + 1, generator=g, device=g.device).to(generate.device) for n, g in zip(sizes, rows, strict=True)
+    ]
+    n = generate.sum(1)
+    strata = torch.arange(n_times, device=generate.device).unsqueeze(1)
+    offset = torch.stack([row[0] for row in noise])
+    counts = torch.minimum(((strata + offset) / n_times * n).long() + 1, n)
+    draws = torch.full(generate.shape, torch.inf, device=generate.device)
+    draws[generate] = torch.cat([row[1:] for row in noise])
+    turned = draws.argsort(1).argsort(1) - (counts.cumsum(0) - counts).unsqueeze(2)
+    return counts, torch.where(generate, turned % n.clamp(min=1).unsqueeze(1), generate.shape[1])
+
+
 @torch.no_grad()
 def nelbo_tokens(
     denoiser: Denoiser,
@@ -191,8 +222,9 @@ def nelbo_tokens(
     *,
     mask_id: int,
     n_times: int,
-    generator: torch.Generator,
+    generator: Generators,
     schedule: Schedule = LINEAR,
+    at_once: int = 1,
 ) -> Float[Tensor, "T B L"]:
     """The bound of `nelbo` by position and by each of T=`n_times` noise levels; its mean over T is an estimate.
 
@@ -200,18 +232,26 @@ def nelbo_tokens(
     of the n positions are masked: l uniform on 1..n, stratified, weight n / l, and the denoiser is told the level at
     which that share is masked. The integral over t of MDLM eq. 10 is this sum (LLaDA, Nie et al. 2025, arXiv
     2502.09992, eq. 6), but its estimate has a logarithmically diverging variance at t=0, this one a bounded variance.
+    `mask_orders` says how the masks are drawn.
+
+    Args:
+        x0: a position outside `generate` that holds [MASK] is unknown: the denoiser is told t=1 there.
+        generator: one, or one a row: then a row's noise does not depend on the rows beside it.
+        at_once: noise levels in one call of the denoiser, which then gets `at_once` copies of the B rows.
     """
-    groups = groups_of(denoiser, generate)
-    n = generate.sum(1, keepdim=True)
+    n = generate.sum(1)
+    counts, order = mask_orders(generate, n_times, generator)
+    unknown = (~generate & (x0 == mask_id)).float()
     terms = []
-    for stratum in range(n_times):
-        u, noise = (torch.rand(len(x0), k, generator=generator, device=generator.device) for k in (1, x0.shape[1]))
-        count = torch.minimum((((stratum + u.to(x0.device)) / n_times) * n).long() + 1, n)
-        masked = torch.where(generate, noise.to(x0.device), torch.inf).argsort(1).argsort(1) < count
-        level = torch.where(generate, schedule.inverse(1 - count / n.clamp(min=1)), 0.0)
-        nll = token_nll(denoiser, torch.where(masked, mask_id, x0), level, x0, groups, mask_id=mask_id)
-        terms.append(torch.where(masked, nll * (n / count.clamp(min=1)), 0.0))
-    return torch.stack(terms)
+    for count, rank in zip(counts.split(at_once), order.split(at_once), strict=True):
+        masked = (rank < count.unsqueeze(2)).flatten(0, 1)
+        share = (count / n.clamp(min=1)).flatten().unsqueeze(1)
+        clean, where, given = (part.repeat(len(count), 1) for part in (x0, generate, unknown))
+        level = torch.where(where, schedule.inverse(1 - share), given)
+        ids = torch.where(masked, mask_id, clean)
+        nll = token_nll(denoiser, ids, level, clean, groups_of(denoiser, masked), mask_id=mask_id)
+        terms.append((nll / share.clamp(min=1 / generate.shape[1])).view(len(count), *x0.shape))
+    return torch.cat(terms)
 
 
 def nelbo(
@@ -221,7 +261,7 @@ def nelbo(
     *,
     mask_id: int,
     n_times: int = 32,
-    generator: torch.Generator,
+    generator: Generators,
     schedule: Schedule = LINEAR,
 ) -> Float[Tensor, "B"]:
     """An upper bound of -log p(x_0[generate] | x_0[~generate]) in nats, unbiased.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -19,13 +18,13 @@ from torch import Tensor
 
 from medim.canvas import Canvas, Row, Segment, layout
 from medim.data.studies import Image, Study
-from medim.diffusion import nelbo_tokens
 from medim.errors import UserError
+from medim.likelihood import NLL, Direction, Fit, Ranking, Scorer
 from medim.model.medim import MeDiMModel
 from medim.sampling import REVEALS, Cost, Plan, sample
 from medim.tokenization.image import prepare_image
 from medim.tokenization.joint import JointTokenizer
-from medim.vocabulary import KINDS, MODALITIES, Kind
+from medim.vocabulary import MODALITIES
 
 ASSETS = Path(__file__).parent / "assets"
 SHIPPED = ("demo",)
@@ -90,20 +89,6 @@ class Sample:
     def given(self) -> str | None:
         """The role that was given: ``image``, ``report`` or None."""
         return {"pair": None, "report": "image", "image": "report"}[self.task]
-
-
-@dataclass(frozen=True)
-class NLL:
-    """Upper bound of a study's negative log likelihood by modality: bits, their standard error, and positions."""
-
-    id: str
-    bits: dict[Kind, float]
-    standard_error: dict[Kind, float]
-    tokens: dict[Kind, int]
-
-    def bits_per_token(self, kind: Kind) -> float:
-        """Bits of a kind divided by its positions."""
-        return self.bits[kind] / max(1, self.tokens[kind])
 
 
 class MeDiM:
@@ -295,7 +280,12 @@ class MeDiM:
             return scale.guidance if scale else 0.0
         return (sampling.report if task == "report" else sampling.image).guidance
 
-    @torch.no_grad()
+    def _scorer(self, n_times: int, seed: int, batch_size: int, progress: Callable[[int], None] | None) -> Scorer:
+        return Scorer(
+            self.model, self.joint, self.domains, self.name,
+            n_times=n_times, seed=seed, batch_size=batch_size, progress=progress,
+        )  # fmt: skip
+
     def nll(
         self,
         studies: Sequence[Study],
@@ -304,43 +294,65 @@ class MeDiM:
         n_times: int = 16,
         seed: int = 0,
         batch_size: int = 16,
+        progress: Callable[[int], None] | None = None,
     ) -> list[NLL]:
         """Bound -log2 p(roles | the rest of the study) by one shared noise level over all generated positions.
+
+        A study's bits are a pure function of the study, its id, `n_times` and `seed`, up to rounding.
 
         Args:
             roles: what is scored; the other segments are given. The bound of both is a bound on the joint.
             n_times: noise levels a study; the standard error is over them.
-        """
-        results = []
-        for first in range(0, len(studies), batch_size):
-            part = studies[first : first + batch_size]
-            canvas = Canvas.collate([self.joint.encode(s) for s in part], self.joint.vocabulary.eos)
-            canvas = canvas.to(self.model.device)
-            generate = canvas.has_role(*roles)
-            generator = torch.Generator(self.model.device).manual_seed(seed + first)
-            terms = nelbo_tokens(
-                self.model.denoiser(canvas, generate),
-                canvas.ids,
-                generate,
-                mask_id=self.joint.vocabulary.mask,
-                n_times=n_times,
-                generator=generator,
-                schedule=self.model.schedule,
-            )
-            results += [self._nll(s.id, terms[:, i], canvas.kind[i], generate[i]) for i, s in enumerate(part)]
-        return results
+            batch_size: rows in a forward pass: changes the speed, not the bits.
+            progress: called with the number of studies done since the last call.
 
-    def _nll(self, name: str, terms: Tensor, kinds: Tensor, generate: Tensor) -> NLL:
-        bits: dict[Kind, float] = {}
-        error: dict[Kind, float] = {}
-        tokens: dict[Kind, int] = {}
-        for number, kind in enumerate(KINDS):
-            here = generate & (kinds == number)
-            if bool(here.any()):
-                by_time = terms[:, here].sum(1) / math.log(2)
-                bits[kind], tokens[kind] = float(by_time.mean()), int(here.sum())
-                error[kind] = float(by_time.std() / math.sqrt(len(by_time))) if len(by_time) > 1 else math.nan
-        return NLL(name, bits, error, tokens)
+        Raises:
+            UserError: a study without exactly one image of a known domain, or without a report that fits its slot.
+        """
+        return self._scorer(n_times, seed, batch_size, progress).nll(studies, roles)
+
+    def fit(
+        self,
+        studies: Sequence[Study],
+        *,
+        direction: Direction = "both",
+        n_times: int = 8,
+        seed: int = 0,
+        batch_size: int = 16,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[Fit]:
+        """Bits of mutual information of each study's image and report (`medim.likelihood`): above 0, they fit.
+
+        Studies with the same id share their noise, so that their fits may be compared.
+
+        Args:
+            direction: ``report`` is log2 p(report|image) - log2 p(report), ``image`` the other way round, ``both`` the
+                mean of the two.
+
+        Raises:
+            UserError: as `nll`; a model that was trained without condition dropout.
+        """
+        return self._scorer(n_times, seed, batch_size, progress).fit(studies, direction)
+
+    def rank(
+        self,
+        image: PIL.Image.Image | str | Path,
+        reports: Sequence[str],
+        *,
+        domain: str | None = None,
+        id: str = "image",
+        direction: Direction = "both",
+        n_times: int = 8,
+        seed: int = 0,
+        batch_size: int = 16,
+    ) -> Ranking:
+        """Which of at least two reports fits an image best, all with the same masks; raises what `fit` raises.
+
+        Args:
+            id: names the image in messages, and with `seed` decides its masks.
+        """
+        picture = Image(domain or self.domains[0], Path(image) if isinstance(image, str) else image)
+        return self._scorer(n_times, seed, batch_size, None).rank(picture, reports, id, direction)
 
 
 def save_folder(

@@ -137,8 +137,8 @@ def test_corrupt_takes_a_level_for_each_position() -> None:
 def check_bound(toy: Any, given: list[int], schedule: Schedule) -> None:
     """`nelbo` of every state that agrees with `given` (mask_id: generated) against the enumerated -log p.
 
-    A small t has a large weight and seldom masks anything, so that single estimates have a long tail: a state may be
-    six standard errors off (measured: up to 4.6), all of them together four.
+    A state may be six standard errors off, all of them together four. Of two positions 32 levels are half with one
+    masked, half with both, and each position is as often masked as the other: that estimate has no error but rounding.
     """
     pattern = torch.tensor(given)
     truth = -toy.conditional(pattern).log()
@@ -148,9 +148,9 @@ def check_bound(toy: Any, given: list[int], schedule: Schedule) -> None:
     generate = (pattern == toy.mask_id).expand(len(x0), -1)
     found = nelbo(toy, x0, generate, mask_id=toy.mask_id, n_times=32, generator=seeded(3), schedule=schedule)
     off = found.view(len(states), repeats) - truth.unsqueeze(1)
-    assert float((off.mean(1) / off.std(1)).abs().max()) * math.sqrt(repeats) < 6
+    assert float((off.mean(1) / off.std(1).clamp(min=1e-5)).abs().max()) * math.sqrt(repeats) < 6
     error = float(off.std(1).square().mean().sqrt()) / math.sqrt(off.numel())
-    assert abs(float(off.mean())) < 4 * error and error < 0.025 * float(truth.mean())
+    assert abs(float(off.mean())) < 4 * error + 1e-5 and error < 0.025 * float(truth.mean())
     for ids, t in toy.seen:
         assert torch.equal(ids[~generate], x0[~generate]) and not bool(t[~generate].any())
 
