@@ -159,7 +159,8 @@ def predict(
         return [torch.log_softmax(part.float(), dim=-1) for part in own(ids, t, groups)]
     logits = denoiser(ids, t)
     if mask_id < logits.shape[-1]:
-        logits = logits.index_fill(-1, torch.tensor([mask_id], device=logits.device), -torch.inf)
+        logits = logits.clone()
+        logits[..., mask_id] = -torch.inf
     flat = logits.flatten(0, 1)
     parts = (flat[g.rows][:, g.start : flat.shape[1] if g.stop < 0 else g.stop] for g in groups)
     return [torch.log_softmax(part, dim=-1) for part in parts]
