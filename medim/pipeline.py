@@ -8,31 +8,30 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import PIL.Image
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from safetensors import SafetensorError
 from torch import Tensor
 
-from medim.canvas import Canvas, Row, Segment, layout
-from medim.data.studies import Image, Study
-from medim.diffusion import nelbo_tokens
+from medim.canvas import Canvas
+from medim.data.studies import Study
+from medim.diffusion import Denoiser, groups_of, nelbo_tokens, token_nll
 from medim.errors import UserError
+from medim.given import TASKS, Draft, Given, Reader, Request, Task
 from medim.model.medim import MeDiMModel
 from medim.sampling import REVEALS, Cost, Plan, sample
-from medim.tokenization.image import prepare_image
+from medim.template import Forbidding
 from medim.tokenization.joint import JointTokenizer
-from medim.vocabulary import KINDS, MODALITIES, Kind
+from medim.vocabulary import KINDS, Kind
 
 ASSETS = Path(__file__).parent / "assets"
 SHIPPED = ("demo",)
-Task = Literal["pair", "report", "image"]
-TASKS: tuple[Task, ...] = get_args(Task)
 Order = Literal["report-first", "image-first", "together"]
-GENERATES: dict[Task, tuple[str, ...]] = {"pair": ("report", "image"), "report": ("report",), "image": ("image",)}
+BOUND_TIMES = 8  # forward passes that compare fillings of different lengths
 
 
 @dataclass(frozen=True)
@@ -56,40 +55,63 @@ class Sampling:
         except ValueError as error:
             raise UserError(str(error)) from error
 
-    def for_task(self, task: Task) -> str:
-        """One line that says which plan made a sample, as the manifest has it."""
+    def without_guidance(self) -> Sampling:
+        """The same for a model that was not trained for guidance."""
+        return replace(self, report=replace(self.report, guidance=0.0), image=replace(self.image, guidance=0.0))
+
+    def describe(self, roles: Sequence[str]) -> str:
+        """One line that says which plans made these segments, as the manifest has it."""
         plans = {"report": self.report, "image": self.image}
-        parts = [f"{role}:{plans[role].name}/{plans[role].steps}" for role in GENERATES[task]]
-        return f"{self.order} {' '.join(parts)}" if task == "pair" else parts[0]
-
-
-@dataclass(frozen=True)
-class Request:
-    """One sample to make: what is given (an image, a report, neither) and its own random stream."""
-
-    id: str
-    domain: str
-    stream: tuple[int, ...]
-    image: PIL.Image.Image | Path | None = None
-    report: str | None = None
+        parts = [f"{role}:{plans[role].name}/{plans[role].steps}" for role in ("report", "image") if role in roles]
+        return " ".join([self.order, *parts] if len(parts) > 1 else parts)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A generated study. All of it is synthetic; `given` names the part that was not generated."""
+    """A generated study. What was not given is synthetic.
+
+    Attributes:
+        picture: None if no image was given or made (infill of a report alone).
+        parts: the report piece by piece, and whether each was given.
+        codes: int [h, w] of `picture`, -1 where none.
+        given_codes: int [h, w] of the given image, -1 where none.
+        regenerated: bool [h, w]: these codes were made, all others are `given_codes`.
+    """
 
     id: str
     task: Task
     domain: str
-    image: PIL.Image.Image
-    report: str
-    codes: np.ndarray  # [h, w]
+    picture: PIL.Image.Image | None
+    parts: tuple[tuple[str, bool], ...]
+    codes: np.ndarray
+    given_codes: np.ndarray
+    regenerated: np.ndarray
     stats: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def image(self) -> PIL.Image.Image:
+        """The picture.
+
+        Raises:
+            ValueError: the sample has none.
+        """
+        if self.picture is None:
+            raise ValueError(f"{self.id}: no image was given or made")
+        return self.picture
+
+    @property
+    def report(self) -> str:
+        """The report, empty if none was given or made."""
+        return "".join(text for text, _ in self.parts)
+
+    @property
     def given(self) -> str | None:
-        """The role that was given: ``image``, ``report`` or None."""
-        return {"pair": None, "report": "image", "image": "report"}[self.task]
+        """What was not generated: ``image``, ``report``, ``part of the image``, two of them, or None."""
+        kept = (self.given_codes >= 0) & ~self.regenerated
+        words = [given for _, given in self.parts]
+        shares = {"image": (kept.any(), kept.all()), "report": (any(words), all(words))}
+        said = [name if whole else f"part of the {name}" for name, (some, whole) in shares.items() if some]
+        return " and ".join(said) or None
 
 
 @dataclass(frozen=True)
@@ -117,7 +139,9 @@ class MeDiM:
     def __init__(
         self, model: MeDiMModel, joint: JointTokenizer, slots: dict[str, dict[int, int]], sampling: Sampling, name: str
     ) -> None:
-        self.model, self.joint, self.slots, self.sampling, self.name = model.eval(), joint, slots, sampling, name
+        self.model, self.joint, self.slots, self.name = model.eval(), joint, slots, name
+        self.sampling = sampling if model.config.condition_dropout else sampling.without_guidance()
+        self.reader = Reader(joint, slots)
 
     @classmethod
     def from_pretrained(cls, name: str | Path, device: str | torch.device = "cpu") -> MeDiM:
@@ -155,145 +179,217 @@ class MeDiM:
         seed: int = 0,
         image: PIL.Image.Image | str | Path | None = None,
         report: str | None = None,
+        mask: PIL.Image.Image | str | Path | None = None,
         batch_size: int = 16,
         sampling: Sampling | None = None,
+        **given: Any,
     ) -> list[Sample]:
         """Make `n` studies; sample i is a pure function of (seed, i), whatever the batch size.
 
         Args:
-            image: what a report is written for; a file or a picture.
-            report: what an image is drawn for.
+            image: the image that is given, or of which a part is; a file or a picture.
+            report: the report that is given; for task infill with gaps, such as ``"Heart [...]. No [...2-3]."``.
+            mask: task inpaint: what is to be regenerated; a file or a picture as large as `image`.
+            given: more fields of `Request`: box, keep_image, keep_report, gap, paste_back.
 
         Raises:
-            UserError: `n` < 1, an unknown task or domain, a missing or a superfluous `image` or `report`.
+            UserError: `n` < 1, an unknown task or domain, something missing or superfluous that is given, or guidance
+                asked of a model that was trained without.
         """
         if n < 1:
             raise UserError(f"n={n}: give at least 1 sample to make")
-        if task not in TASKS:
-            raise UserError(f"unknown task {task!r}: one of {', '.join(TASKS)}")
-        given = Path(image) if isinstance(image, str) else image
+        image, mask = (Path(one) if isinstance(one, str) else one for one in (image, mask))
         domain = domain or self.domains[0]
-        requests = [Request(f"{domain}-{task}-{i:05d}", domain, (seed, i), given, report) for i in range(n)]
+        requests = [
+            Request(f"{domain}-{task}-{i:05d}", domain, (seed, i), image, report, mask, **given) for i in range(n)
+        ]
         return list(self.generate(task, requests, batch_size=batch_size, sampling=sampling))
 
     def generate(
         self,
-        task: Task,
+        task: str,
         requests: Sequence[Request],
         *,
         batch_size: int = 16,
         sampling: Sampling | None = None,
         progress: Callable[[int], None] | None = None,
+        note: Callable[[str], None] | None = None,
     ) -> Iterator[Sample]:
         """Make one sample for each request, batch by batch.
 
         Args:
+            batch_size: rows of a forward pass; a report with gaps takes a row for each combination of their lengths.
             progress: called with the number of samples done since the last call.
+            note: called with a line on what was asked for and is not needed.
         """
         sampling = sampling or self.sampling
         if batch_size < 1:
             raise UserError(f"batch size {batch_size}: give at least 1")
-        for request in requests:
-            self._check(task, request)
-        for first in range(0, len(requests), batch_size):
-            batch = requests[first : first + batch_size]
-            yield from self._batch(task, batch, sampling)
+        if task not in TASKS:
+            raise UserError(f"unknown task {task!r}: one of {', '.join(TASKS)}")
+        self._check(task, requests, sampling)
+        for batch in _batches((self.reader.read(task, request) for request in requests), batch_size):
+            yield from self._batch(task, batch, sampling, batch_size, note)
             if progress is not None:
                 progress(len(batch))
 
-    def _check(self, task: Task, request: Request) -> None:
-        if request.domain not in self.domains:
-            raise UserError(f"unknown domain {request.domain!r}: {self.name} knows {', '.join(self.domains)}")
-        needed = {"image": task == "report", "report": task == "image"}
-        for what, value in (("image", request.image), ("report", request.report)):
-            if needed[what] and (value is None or value == ""):
-                raise UserError(f"task {task} needs {'an image' if what == 'image' else 'a report'} to start from")
-            if not needed[what] and value is not None:
-                raise UserError(f"task {task} makes the {what} itself: leave the given {what} out")
-        if isinstance(request.image, Path) and not request.image.is_file():
-            raise UserError(f"image {request.image}: no such file")
-
-    def _prepared(self, request: Request) -> PIL.Image.Image:
-        """The given image as the model saw it, before the image tokenizer."""
-        assert request.image is not None
-        gray = MODALITIES[request.domain].gray
-        picture = prepare_image(request.image, self.joint.image.config.resolution, gray)
-        return picture.convert("L") if gray else picture
-
-    def _row(self, request: Request, stream: np.random.Generator) -> Row:
-        """The layout of a sample, [MASK] where something is to be made."""
-        mask = self.joint.vocabulary.mask
-        side = self.joint.image.config.resolution
-        h, w = self.joint.image.grid(side, side)
-        codes = [mask] * (h * w)
-        if request.image is not None:
-            codes = self.joint.code_ids(self.joint.image_codes(Image(request.domain, request.image)))
-        if request.report is not None:
-            report = self.joint.report_ids(request.report)
-        else:
-            lengths, counts = zip(*sorted(self.slots[request.domain].items()), strict=True)
-            report = [mask] * int(stream.choice(lengths, p=np.array(counts) / sum(counts)))
-        segments = [Segment("image", request.domain, codes), Segment("report", "text", report)]
-        return layout(segments, self.joint.vocabulary)
-
-    def _phases(
-        self, task: Task, canvas: Canvas, sampling: Sampling
-    ) -> Iterator[tuple[Bool[Tensor, "B L"], Bool[Tensor, "B L"] | None, Plan]]:
-        """What is generated, given what, by which plan: one after the other."""
-        where = {"report": canvas.has_role("report"), "image": canvas.has_role("image")}
-        plans = {"report": sampling.report, "image": sampling.image}
-        if task != "pair":
-            other = "image" if task == "report" else "report"
-            yield where[task], where[other], plans[task]
-        elif sampling.order == "together":
-            yield where["report"] | where["image"], None, replace(sampling.image, guidance=0.0)
-        else:
-            first, second = ("report", "image") if sampling.order == "report-first" else ("image", "report")
-            yield where[first], None, replace(plans[first], guidance=0.0)
-            yield where[second], where[first], plans[second]
+    def _check(self, task: Task, requests: Sequence[Request], sampling: Sampling) -> None:
+        limit = self.model.config.backbone.get("max_position_embeddings") or math.inf
+        if (sampling.report.guidance or sampling.image.guidance) and not self.model.config.condition_dropout:
+            raise UserError(
+                f"guidance: {self.name} was trained without condition dropout, so it knows no image without its report "
+                "and no report without its image; use guidance 0"
+            )
+        for request in requests:
+            if request.domain not in self.domains:
+                raise UserError(
+                    f"{request.where}unknown domain {request.domain!r}: {self.name} knows {', '.join(self.domains)}"
+                )
+            length = self.reader.check(task, request)
+            if length > limit:
+                raise UserError(
+                    f"{request.where}a canvas of {length} positions is longer than the {limit} that the backbone of "
+                    f"{self.name} knows (max_position_embeddings): use a shorter report"
+                )
 
     @torch.no_grad()
-    def _batch(self, task: Task, requests: Sequence[Request], sampling: Sampling) -> Iterator[Sample]:
+    def _batch(
+        self,
+        task: Task,
+        batch: Sequence[Given],
+        sampling: Sampling,
+        batch_size: int,
+        note: Callable[[str], None] | None,
+    ) -> Iterator[Sample]:
         started = time.perf_counter()
-        seeds = [np.random.SeedSequence(request.stream) for request in requests]
-        rows = [self._row(r, np.random.default_rng(s)) for r, s in zip(requests, seeds, strict=True)]
-        vocabulary, device = self.joint.vocabulary, self.model.device
-        canvas = Canvas.collate(rows, vocabulary.eos).to(device)
+        drafts = [(given, draft) for given in batch for draft in given.drafts]
+        seeds = [seed for given in batch for seed in _seeds(given)]
+        filled: list[np.ndarray] = []
+        bounds: list[float] = []
+        cost, guidance = Cost(), 0.0
+        for first in range(0, len(drafts), batch_size):
+            part = [draft for _, draft in drafts[first : first + batch_size]]
+            canvas = Canvas.collate([draft.row for draft in part], self.joint.vocabulary.eos).to(self.model.device)
+            ids, guidance = self._fill(canvas, part, seeds[first : first + batch_size], sampling, cost, note)
+            if len(drafts) > len(batch):
+                streams = [given.request.stream for given, _ in drafts[first : first + batch_size]]
+                bounds += self._bounds(canvas.with_ids(ids), [(*stream, 0) for stream in streams])
+                cost.forward_passes += BOUND_TIMES
+            filled += [row[: len(draft.row.ids)] for row, draft in zip(ids.cpu().numpy(), part, strict=True)]
+        seconds = (time.perf_counter() - started) / len(batch)
+        first = 0
+        for given in batch:
+            mine = range(first, first + len(given.drafts))
+            best = min(mine, key=bounds.__getitem__) if len(mine) > 1 else first
+            first = mine.stop
+            stats = {
+                "guidance": guidance,
+                "forward_passes": cost.forward_passes,
+                "seconds": round(seconds, 3),
+            } | ({"candidates": len(mine)} if len(mine) > 1 else {})
+            yield self._sample(task, given, drafts[best][1], filled[best], sampling, stats)
+
+    def _fill(
+        self,
+        canvas: Canvas,
+        drafts: Sequence[Draft],
+        seeds: Sequence[np.random.SeedSequence],
+        sampling: Sampling,
+        cost: Cost,
+        note: Callable[[str], None] | None,
+    ) -> tuple[Int[Tensor, "B L"], float]:
+        """The ids of the filled rows, and the largest scale of guidance that was used."""
+        device, mask, length = canvas.ids.device, self.joint.vocabulary.mask, canvas.ids.shape[1]
+        generate, rule = (
+            torch.from_numpy(np.stack([np.pad(one, (0, length - len(one))) for one in arrays])).to(device)
+            for arrays in ([draft.generate for draft in drafts], [draft.rule for draft in drafts])
+        )
         generators = [torch.Generator(device).manual_seed(int(s.generate_state(1, np.uint64)[0] >> 1)) for s in seeds]
-        ids, cost = canvas.ids, Cost()
-        for generate, condition, plan in self._phases(task, canvas, sampling):
+        ids, used = canvas.ids, 0.0
+        for where, condition, plan in self._phases(canvas, generate, sampling):
+            if condition is None or not bool((condition & (ids != mask)).any()):
+                plan = replace(plan, guidance=0.0)  # nothing is known that the other branch could be without
+            if note is not None and plan.steps is not None and plan.steps > int(where.sum(1).max()):
+                note(f"{plan.steps} steps for {int(where.sum(1).max())} positions: as many steps as positions are run")
             ids = sample(
-                self.model.denoiser(canvas),
+                self._denoiser(canvas, where, rule),
                 ids,
-                generate,
+                where,
                 plan,
-                mask_id=vocabulary.mask,
+                mask_id=mask,
                 generator=generators,
                 condition=condition,
                 schedule=self.model.schedule,
                 cost=cost,
             )
-        final = ids.cpu().numpy()
-        studies = [self.joint.decode(final[i, : len(row.ids)], row) for i, row in enumerate(rows)]
-        seconds = (time.perf_counter() - started) / len(requests)
-        for i, (request, row, study) in enumerate(zip(requests, rows, studies, strict=True)):
-            picture = study.images[0].pixels if request.image is None else self._prepared(request)
-            assert isinstance(picture, PIL.Image.Image)
-            codes = self.joint.grid(final[i, : len(row.ids)][row.segment == 0]).numpy()
-            stats = {
-                "plan": sampling.for_task(task),
-                "guidance": self._guidance(task, sampling),
-                "forward_passes": cost.forward_passes,
-                "seconds": round(seconds, 3),
-            }
-            report = study.report if request.report is None else request.report
-            yield Sample(request.id, task, request.domain, picture, report, codes, stats)
+            used = max(used, plan.guidance)
+        return ids, used
 
-    def _guidance(self, task: Task, sampling: Sampling) -> float:
-        if task == "pair":
-            scale = {"report-first": sampling.image, "image-first": sampling.report}.get(sampling.order)
-            return scale.guidance if scale else 0.0
-        return (sampling.report if task == "report" else sampling.image).guidance
+    def _denoiser(self, canvas: Canvas, generate: Bool[Tensor, "B L"], rule: Int[Tensor, "B L"]) -> Denoiser:
+        """The model on a canvas, without what the gaps of a report must not hold."""
+        denoiser = self.model.denoiser(canvas)
+        if not bool(rule.any()):
+            return denoiser
+        return Forbidding(denoiser, rule, self.reader.words.forbidden.to(rule.device))
+
+    def _phases(
+        self, canvas: Canvas, generate: Bool[Tensor, "B L"], sampling: Sampling
+    ) -> Iterator[tuple[Bool[Tensor, "B L"], Bool[Tensor, "B L"] | None, Plan]]:
+        """What is generated, what guidance's second branch does not see, by which plan: one after the other."""
+        where = {role: canvas.has_role(role) for role in ("report", "image")}
+        plans = {"report": sampling.report, "image": sampling.image}
+        made = [role for role in where if bool((where[role] & generate).any())]
+        if len(made) > 1 and sampling.order == "together":
+            yield generate, None, sampling.image
+            return
+        for role in made if sampling.order == "report-first" else made[::-1]:
+            yield where[role] & generate, where["image" if role == "report" else "report"], plans[role]
+
+    def _bounds(self, canvas: Canvas, streams: Sequence[tuple[int, ...]]) -> list[float]:
+        """Of each row, a bound of -log p(report | image) in nats over all its slot, given words and ``<eos>`` too.
+
+        The slots of one request are equally long, so their bounds compare fillings of different lengths. Rows of equal
+        streams are masked alike (common random numbers). The estimate is that of `medim.diffusion.nelbo_tokens`.
+        """
+        mask, report = self.joint.vocabulary.mask, canvas.has_role("report")
+        denoiser, device = self.model.denoiser(canvas), canvas.ids.device
+        unknown = (canvas.ids == mask).float()
+        groups, n = groups_of(denoiser, report), report.sum(1, keepdim=True)
+        noises = [np.random.default_rng(stream) for stream in streams]
+        total = torch.zeros(len(canvas.ids), device=device)
+        for stratum in range(BOUND_TIMES):
+            u = torch.tensor([[stream.random()] for stream in noises], device=device)
+            count = ((stratum + u) / BOUND_TIMES * n).long().clamp(max=n - 1) + 1
+            noise = torch.full(report.shape, torch.inf, device=device)
+            noise[report] = torch.from_numpy(
+                np.concatenate(
+                    [s.random(int(k), np.float32) for s, k in zip(noises, n.flatten().tolist(), strict=True)]
+                )
+            ).to(device)
+            masked = noise.argsort(1).argsort(1) < count
+            level = torch.where(report, self.model.schedule.inverse(1 - count / n), unknown)
+            seen = torch.where(masked, mask, canvas.ids)
+            nll = token_nll(denoiser, seen, level, canvas.ids, groups, mask_id=mask)
+            total += torch.where(masked, nll * n / count, 0.0).sum(1) / BOUND_TIMES
+        return total.tolist()
+
+    def _sample(
+        self, task: Task, given: Given, draft: Draft, ids: np.ndarray, sampling: Sampling, stats: dict[str, Any]
+    ) -> Sample:
+        """The filled row as a study."""
+        request, codes, picture = given.request, given.codes, given.picture
+        if given.regenerate.any():
+            codes = self.joint.grid(ids[draft.row.segment == 0]).numpy()
+            picture = self.joint.picture(ids[draft.row.segment == 0], request.domain)
+            if request.paste_back and given.picture is not None:
+                keep = PIL.Image.fromarray(~given.pixels)
+                picture.paste(given.picture, mask=keep)
+        parts = () if draft.slot is None else self.reader.words.read(draft.slot, ids[draft.row.segment == 1].tolist())
+        made = [
+            role for role, number in (("image", 0), ("report", 1)) if draft.generate[draft.row.segment == number].any()
+        ]
+        stats = {"plan": sampling.describe(made)} | stats
+        return Sample(request.id, task, request.domain, picture, parts, codes, given.codes, given.regenerate, stats)
 
     @torch.no_grad()
     def nll(
@@ -341,6 +437,25 @@ class MeDiM:
                 bits[kind], tokens[kind] = float(by_time.mean()), int(here.sum())
                 error[kind] = float(by_time.std() / math.sqrt(len(by_time))) if len(by_time) > 1 else math.nan
         return NLL(name, bits, error, tokens)
+
+
+def _batches(given: Iterator[Given], size: int) -> Iterator[list[Given]]:
+    """Runs of requests of one shape whose drafts are `size` rows together, or one request that has more."""
+    batch: list[Given] = []
+    for one in given:
+        rows = sum(len(other.drafts) for other in batch) + len(one.drafts)
+        if batch and (rows > size or one.shape != batch[0].shape):
+            yield batch
+            batch = []
+        batch.append(one)
+    if batch:
+        yield batch
+
+
+def _seeds(given: Given) -> list[np.random.SeedSequence]:
+    """The random stream of each draft; that of a single one is the request's own."""
+    root = np.random.SeedSequence(given.request.stream)
+    return [root] if len(given.drafts) == 1 else root.spawn(len(given.drafts))
 
 
 def save_folder(
