@@ -378,17 +378,17 @@ class MeDiM:
     ) -> Sample:
         """The filled row as a study."""
         request, codes, picture = given.request, given.codes, given.picture
+        pasted = request.paste_back and given.picture is not None
         if given.regenerate.any():
             codes = self.joint.grid(ids[draft.row.segment == 0]).numpy()
             picture = self.joint.picture(ids[draft.row.segment == 0], request.domain)
-            if request.paste_back and given.picture is not None:
-                keep = PIL.Image.fromarray(~given.pixels)
-                picture.paste(given.picture, mask=keep)
+            if pasted:
+                picture.paste(given.picture, mask=PIL.Image.fromarray(~given.pixels))
         parts = () if draft.slot is None else self.reader.words.read(draft.slot, ids[draft.row.segment == 1].tolist())
         made = [
             role for role, number in (("image", 0), ("report", 1)) if draft.generate[draft.row.segment == number].any()
         ]
-        stats = {"plan": sampling.describe(made)} | stats
+        stats = {"plan": sampling.describe(made)} | stats | ({"paste_back": True} if pasted else {})
         return Sample(request.id, task, request.domain, picture, parts, codes, given.codes, given.regenerate, stats)
 
     @torch.no_grad()
