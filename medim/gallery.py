@@ -116,9 +116,9 @@ def contact_sheet(samples: Sequence[Sample], columns: int = 4) -> PIL.Image.Imag
         for column, i in enumerate(row):
             left, sample = MARGIN + column * (TILE + MARGIN), samples[i]
             _draw_picture(sheet, draw, sample, left, top)
-            head = sample.id + (f"  ({sample.given} given)" if sample.given else "")
-            for number, line in enumerate(textwrap.wrap(head, 40)[:1]):
-                draw.text((left, top + TILE + 4 + LINE * number), line, fill="#77777a", font=small)
+            part = "partly given" if "part" in (sample.given or "") else f"{sample.given} given"
+            head = sample.id + (f"  ({part})" if sample.given else "")
+            draw.text((left, top + TILE + 4), head, fill="#77777a", font=small)
             for number, runs in enumerate(words[i]):
                 x = float(left)
                 for text, given in runs:

@@ -7,8 +7,9 @@ Shape letters: L positions of a row, h w code grid, R side in pixels of a prepar
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -70,12 +71,17 @@ class Draft:
         generate: bool [L], True where ids are generated. Elsewhere ids are given, or [MASK]: unknown.
         rule: int [L], row of `Words.forbidden` of each position.
         slot: the report's part of the row; None if the report is unknown.
+        prior: -log of the share of reports in training whose slot was as long, in nats.
     """
 
     row: Row
     generate: np.ndarray
     rule: np.ndarray
     slot: Slot | None
+    prior: float
+
+
+Score = Callable[[Sequence[Draft]], list[float]]  # -log p(what is given | layout) of rows that differ in gap lengths
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,8 @@ class Given:
         regenerate: bool [h, w], codes to make.
         pixels: bool [R, R], pixels to make.
         picture: the given image as the model saw it.
-        drafts: rows of equal slots that differ in the lengths of the report's gaps; the most probable is the result.
+        tried: combinations of gap lengths that were compared.
+        spent: forward passes that this took. `seconds`: wall time of all the reading.
     """
 
     request: Request
@@ -95,15 +102,18 @@ class Given:
     regenerate: Bool[np.ndarray, "h w"]
     pixels: Bool[np.ndarray, "R R"]
     picture: PIL.Image.Image | None
-    drafts: tuple[Draft, ...]
+    draft: Draft
     template: Template | None
+    tried: int = 1
+    spent: int = 0
+    seconds: float = 0.0
 
     @property
     def shape(self) -> tuple[bool, ...]:
         """What is made and what is known; requests that agree in it can be batched without changing each other."""
         known = bool((self.codes >= 0).any()), self.template is not None and self.template.known
         made = bool(self.regenerate.any()), self.template is not None and bool(self.template.gaps)
-        return (*known, *made, len(self.drafts) > 1)
+        return (*known, *made)
 
 
 # ------------------------------------------------------------------------------------------------------- pictures
@@ -321,6 +331,37 @@ def _spoken(name: str) -> str:
     return ("an " if name == "image" else "a ") + name if "_" not in name else name
 
 
+def _likeliest(
+    template: Template,
+    room: int,
+    stream: np.random.Generator,
+    draft: Callable[[tuple[int, ...]], Draft],
+    score: Score,
+) -> tuple[Draft, int]:
+    """The layout whose lengths of gaps are the most probable, and how many were tried.
+
+    A length is judged before anything is filled in: by p(slot length) p(given words and ``<eos>`` | image, layout), in
+    which the gaps stay masked and so are summed over. Under equal chances of all lengths it is their posterior.
+    First `CANDIDATES` combinations are tried, then of the best of them each gap by turns is varied.
+    """
+    tried: dict[tuple[int, ...], float] = {}
+
+    def best_of(lengths: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+        drafts = {one: draft(one) for one in lengths if one not in tried}
+        if drafts:
+            values = score(list(drafts.values()))
+            tried.update({one: v + drafts[one].prior for one, v in zip(drafts, values, strict=True)})
+        return min(tried, key=tried.__getitem__)
+
+    lengths = template.lengths(room, stream)
+    if len(lengths) == 1:
+        return draft(lengths[0]), 1
+    best = best_of(lengths)
+    for gap in range(len(best)):
+        best = best_of(template.vary(best, gap, room))
+    return draft(best), len(tried)
+
+
 class Reader:
     """Makes rows of requests, with the tokenizers and the slot lengths of one model."""
 
@@ -354,18 +395,18 @@ class Reader:
             raise UserError(f"{request.where}{error}") from error
         return self.grid**2 + longest + 4  # and the tags
 
-    def read(self, task: Task, request: Request) -> Given:
-        """The request as positions.
+    def read(self, task: Task, request: Request, score: Score) -> Given:
+        """The request as positions; `score` chooses the lengths of gaps.
 
         Raises:
             UserError: the image cannot be read, or what `check` finds.
         """
         try:
-            return self._read(task, request)
+            return self._read(task, request, score)
         except UserError as error:
             raise UserError(f"{request.where}{error}") from error
 
-    def _read(self, task: Task, request: Request) -> Given:
+    def _read(self, task: Task, request: Request, score: Score) -> Given:
         rule = TASKS[task]
         regenerate, pixels = rule.region(request, self.side, self.grid)
         codes, picture = np.full((self.grid, self.grid), -1), None
@@ -378,31 +419,45 @@ class Reader:
         shown = np.where(regenerate, -1, codes).ravel()
         ids = np.where(shown < 0, self.joint.vocabulary.mask, shown + self.joint.vocabulary.image[0]).tolist()
         image = Segment("image", request.domain, ids)
-        slots = self._slots(template, request)
-        drafts = tuple(self._draft(image, regenerate, slot, size) for slot, size in slots)
-        return Given(request, codes, regenerate, pixels, picture, drafts, template)
-
-    def _draft(self, image: Segment, regenerate: np.ndarray, slot: Slot | None, size: int) -> Draft:
-        unknown = [self.joint.vocabulary.mask] * size
-        row = layout([image, Segment("report", "text", slot.ids if slot else unknown)], self.joint.vocabulary)
-        generate, rule = np.zeros(len(row.ids), dtype=bool), np.full(len(row.ids), FREE)
-        generate[row.segment == 0] = regenerate.ravel()
-        if slot is not None:
-            generate[row.segment == 1], rule[row.segment == 1] = slot.generate, slot.rule
-        return Draft(row, generate, rule, slot)
-
-    def _slots(self, template: Template | None, request: Request) -> list[tuple[Slot | None, int]]:
-        """The report laid out, once for each combination of gap lengths, always in a slot of the same length."""
         stream = np.random.default_rng(np.random.SeedSequence(request.stream))
+
+        def draft(lengths: tuple[int, ...] = (), size: int | None = None) -> Draft:
+            return self._draft(image, regenerate, template, lengths, size)
+
+        tried = 1
         fixed = 0 if template is None else self.words.fit(template, self.joint.slot.longest)
         if template is None or Gap() in template.pieces:
             trained = {n: count for n, count in self.slots[request.domain].items() if n > fixed}
             sizes, counts = zip(*sorted((trained or {self._size(fixed): 1}).items()), strict=True)
-            size = int(stream.choice(sizes, p=np.array(counts) / sum(counts)))
-            return [(None if template is None else self.words.slot(template, (), size), size)]
-        lengths = template.lengths(self.joint.slot.longest - 1 - fixed, stream)
-        size = self._size(fixed + max(map(sum, lengths)))
-        return [(self.words.slot(template, one, size), size) for one in lengths]
+            best = draft(size=int(stream.choice(sizes, p=np.array(counts) / sum(counts))))
+        else:
+            best, tried = _likeliest(template, self.joint.slot.longest - 1 - fixed, stream, draft, score)
+        return Given(request, codes, regenerate, pixels, picture, best, template, tried)
+
+    def _draft(
+        self,
+        image: Segment,
+        regenerate: np.ndarray,
+        template: Template | None,
+        lengths: tuple[int, ...],
+        size: int | None,
+    ) -> Draft:
+        """One layout; without a size, its slot is as long as that of such a report in training."""
+        slot, prior = None, 0.0
+        if size is None:
+            assert template is not None
+            size = self._size(self.words.fit(template, self.joint.slot.longest) + sum(lengths))
+            slots = self.slots[image.modality]
+            prior = -math.log((slots.get(size, 0) + 1) / (sum(slots.values()) + len(slots) + 1))
+        if template is not None:
+            slot = self.words.slot(template, lengths, size)
+        report = slot.ids if slot else [self.joint.vocabulary.mask] * size
+        row = layout([image, Segment("report", "text", report)], self.joint.vocabulary)
+        generate, rule = np.zeros(len(row.ids), dtype=bool), np.full(len(row.ids), FREE)
+        generate[row.segment == 0] = regenerate.ravel()
+        if slot is not None:
+            generate[row.segment == 1], rule[row.segment == 1] = slot.generate, slot.rule
+        return Draft(row, generate, rule, slot, prior)
 
     def _size(self, tokens: int) -> int:
         """Positions of a slot for so many tokens and ``<eos>``, by the rule of training."""

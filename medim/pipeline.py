@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
@@ -17,7 +18,7 @@ from jaxtyping import Bool, Int
 from safetensors import SafetensorError
 from torch import Tensor
 
-from medim.canvas import Canvas
+from medim.canvas import ROLES, Canvas
 from medim.data.studies import Study
 from medim.diffusion import Denoiser, groups_of, nelbo_tokens, token_nll
 from medim.errors import UserError
@@ -218,7 +219,7 @@ class MeDiM:
         """Make one sample for each request, batch by batch.
 
         Args:
-            batch_size: rows of a forward pass; a report with gaps takes a row for each combination of their lengths.
+            batch_size: rows of a forward pass; results do not depend on it.
             progress: called with the number of samples done since the last call.
             note: called with a line on what was asked for and is not needed.
         """
@@ -228,8 +229,8 @@ class MeDiM:
         if task not in TASKS:
             raise UserError(f"unknown task {task!r}: one of {', '.join(TASKS)}")
         self._check(task, requests, sampling)
-        for batch in _batches((self.reader.read(task, request) for request in requests), batch_size):
-            yield from self._batch(task, batch, sampling, batch_size, note)
+        for batch in _batches((self._read(task, request, batch_size) for request in requests), batch_size):
+            yield from self._batch(task, batch, sampling, note)
             if progress is not None:
                 progress(len(batch))
 
@@ -252,60 +253,56 @@ class MeDiM:
                     f"{self.name} knows (max_position_embeddings): use a shorter report"
                 )
 
+    def _read(self, task: Task, request: Request, batch_size: int) -> Given:
+        """The request as positions, its gaps as long as is most probable."""
+        started, spent = time.perf_counter(), 0
+
+        def score(drafts: Sequence[Draft]) -> list[float]:
+            nonlocal spent
+            bounds: list[float] = []
+            for first in range(0, len(drafts), batch_size):
+                bounds += self._bounds(drafts[first : first + batch_size], request.stream)
+                spent += BOUND_TIMES
+            return bounds
+
+        given = self.reader.read(task, request, score)
+        return replace(given, spent=spent, seconds=time.perf_counter() - started)
+
     @torch.no_grad()
     def _batch(
-        self,
-        task: Task,
-        batch: Sequence[Given],
-        sampling: Sampling,
-        batch_size: int,
-        note: Callable[[str], None] | None,
+        self, task: Task, batch: Sequence[Given], sampling: Sampling, note: Callable[[str], None] | None
     ) -> Iterator[Sample]:
         started = time.perf_counter()
-        drafts = [(given, draft) for given in batch for draft in given.drafts]
-        seeds = [seed for given in batch for seed in _seeds(given)]
-        filled: list[np.ndarray] = []
-        bounds: list[float] = []
-        cost, guidance = Cost(), 0.0
-        for first in range(0, len(drafts), batch_size):
-            part = [draft for _, draft in drafts[first : first + batch_size]]
-            canvas = Canvas.collate([draft.row for draft in part], self.joint.vocabulary.eos).to(self.model.device)
-            ids, guidance = self._fill(canvas, part, seeds[first : first + batch_size], sampling, cost, note)
-            if len(drafts) > len(batch):
-                streams = [given.request.stream for given, _ in drafts[first : first + batch_size]]
-                bounds += self._bounds(canvas.with_ids(ids), [(*stream, 0) for stream in streams])
-                cost.forward_passes += BOUND_TIMES
-            filled += [row[: len(draft.row.ids)] for row, draft in zip(ids.cpu().numpy(), part, strict=True)]
+        ids, cost, guidance = self._fill(batch, sampling, note)
+        final = ids.cpu().numpy()
+        studies = [self._decode(given, final[i, : len(given.draft.row.ids)]) for i, given in enumerate(batch)]
         seconds = (time.perf_counter() - started) / len(batch)
-        first = 0
-        for given in batch:
-            mine = range(first, first + len(given.drafts))
-            best = min(mine, key=bounds.__getitem__) if len(mine) > 1 else first
-            first = mine.stop
+        for given, (picture, parts, codes) in zip(batch, studies, strict=True):
+            request, made = given.request, given.draft.generate
+            roles = [
+                ROLES[role] for n, role in enumerate(given.draft.row.roles) if made[given.draft.row.segment == n].any()
+            ]
             stats = {
+                "plan": sampling.describe(roles),
                 "guidance": guidance,
-                "forward_passes": cost.forward_passes,
-                "seconds": round(seconds, 3),
-            } | ({"candidates": len(mine)} if len(mine) > 1 else {})
-            yield self._sample(task, given, drafts[best][1], filled[best], sampling, stats)
+                "forward_passes": given.spent + cost.forward_passes,
+                "seconds": round(given.seconds + seconds, 3),
+            }
+            if given.tried > 1:
+                stats["lengths_tried"] = given.tried
+            if request.paste_back and given.picture is not None:
+                stats["paste_back"] = True
+            yield Sample(request.id, task, request.domain, picture, parts, codes, given.codes, given.regenerate, stats)
 
     def _fill(
-        self,
-        canvas: Canvas,
-        drafts: Sequence[Draft],
-        seeds: Sequence[np.random.SeedSequence],
-        sampling: Sampling,
-        cost: Cost,
-        note: Callable[[str], None] | None,
-    ) -> tuple[Int[Tensor, "B L"], float]:
-        """The ids of the filled rows, and the largest scale of guidance that was used."""
-        device, mask, length = canvas.ids.device, self.joint.vocabulary.mask, canvas.ids.shape[1]
-        generate, rule = (
-            torch.from_numpy(np.stack([np.pad(one, (0, length - len(one))) for one in arrays])).to(device)
-            for arrays in ([draft.generate for draft in drafts], [draft.rule for draft in drafts])
-        )
-        generators = [torch.Generator(device).manual_seed(int(s.generate_state(1, np.uint64)[0] >> 1)) for s in seeds]
-        ids, used = canvas.ids, 0.0
+        self, batch: Sequence[Given], sampling: Sampling, note: Callable[[str], None] | None
+    ) -> tuple[Int[Tensor, "B L"], Cost, float]:
+        """The ids of the filled rows, what it cost, and the largest scale of guidance that was used."""
+        canvas, generate, rule = self._canvas([given.draft for given in batch])
+        mask, device, cost, used = self.joint.vocabulary.mask, canvas.ids.device, Cost(), 0.0
+        seeds = [np.random.SeedSequence(given.request.stream).generate_state(1, np.uint64)[0] for given in batch]
+        generators = [torch.Generator(device).manual_seed(int(seed >> 1)) for seed in seeds]
+        ids = canvas.ids
         for where, condition, plan in self._phases(canvas, generate, sampling):
             if condition is None or not bool((condition & (ids != mask)).any()):
                 plan = replace(plan, guidance=0.0)  # nothing is known that the other branch could be without
@@ -323,7 +320,19 @@ class MeDiM:
                 cost=cost,
             )
             used = max(used, plan.guidance)
-        return ids, used
+        return ids, cost, used
+
+    def _canvas(self, drafts: Sequence[Draft]) -> tuple[Canvas, Bool[Tensor, "B L"], Int[Tensor, "B L"]]:
+        """Rows as a canvas, what is generated of it, and the rule of each position."""
+        canvas = Canvas.collate([draft.row for draft in drafts], self.joint.vocabulary.eos).to(self.model.device)
+        length = canvas.ids.shape[1]
+
+        def padded(arrays: list[np.ndarray]) -> Tensor:
+            return torch.from_numpy(np.stack([np.pad(one, (0, length - len(one))) for one in arrays])).to(
+                canvas.ids.device
+            )
+
+        return canvas, padded([draft.generate for draft in drafts]), padded([draft.rule for draft in drafts])
 
     def _denoiser(self, canvas: Canvas, generate: Bool[Tensor, "B L"], rule: Int[Tensor, "B L"]) -> Denoiser:
         """The model on a canvas, without what the gaps of a report must not hold."""
@@ -345,51 +354,50 @@ class MeDiM:
         for role in made if sampling.order == "report-first" else made[::-1]:
             yield where[role] & generate, where["image" if role == "report" else "report"], plans[role]
 
-    def _bounds(self, canvas: Canvas, streams: Sequence[tuple[int, ...]]) -> list[float]:
-        """Of each row, a bound of -log p(report | image) in nats over all its slot, given words and ``<eos>`` too.
+    @torch.no_grad()
+    def _bounds(self, drafts: Sequence[Draft], stream: tuple[int, ...]) -> list[float]:
+        """Of each row, a bound of -log p(given part of the report | the rest, gaps unknown) in nats.
 
-        The slots of one request are equally long, so their bounds compare fillings of different lengths. Rows of equal
-        streams are masked alike (common random numbers). The estimate is that of `medim.diffusion.nelbo_tokens`.
+        Estimated as `medim.diffusion.nelbo_tokens` says, but the gaps are masked at every noise level, which counts
+        them, as it does in training. The same given tokens are masked in every row (common random numbers).
         """
+        canvas, generate, _ = self._canvas(drafts)
         mask, report = self.joint.vocabulary.mask, canvas.has_role("report")
-        denoiser, device = self.model.denoiser(canvas), canvas.ids.device
-        unknown = (canvas.ids == mask).float()
-        groups, n = groups_of(denoiser, report), report.sum(1, keepdim=True)
-        noises = [np.random.default_rng(stream) for stream in streams]
-        total = torch.zeros(len(canvas.ids), device=device)
+        given, unknown = report & ~generate, (canvas.ids == mask).float()
+        denoiser = self._denoiser(canvas, given, torch.zeros_like(canvas.ids))
+        groups, n, gaps = (
+            groups_of(denoiser, given),
+            given.sum(1, keepdim=True),
+            (report & generate).sum(1, keepdim=True),
+        )
+        number = (given.cumsum(1) - 1).clamp(min=0)  # of a given token among those of its row
+        random = np.random.default_rng(np.random.SeedSequence(stream, spawn_key=(0,)))
+        total = torch.zeros(len(drafts), device=n.device)
         for stratum in range(BOUND_TIMES):
-            u = torch.tensor([[stream.random()] for stream in noises], device=device)
-            count = ((stratum + u) / BOUND_TIMES * n).long().clamp(max=n - 1) + 1
-            noise = torch.full(report.shape, torch.inf, device=device)
-            noise[report] = torch.from_numpy(
-                np.concatenate(
-                    [s.random(int(k), np.float32) for s, k in zip(noises, n.flatten().tolist(), strict=True)]
-                )
-            ).to(device)
-            masked = noise.argsort(1).argsort(1) < count
-            level = torch.where(report, self.model.schedule.inverse(1 - count / n), unknown)
-            seen = torch.where(masked, mask, canvas.ids)
-            nll = token_nll(denoiser, seen, level, canvas.ids, groups, mask_id=mask)
+            u, noise = (
+                random.random(),
+                torch.from_numpy(random.random(self.joint.slot.longest, np.float32)).to(n.device),
+            )
+            count = torch.minimum(((stratum + u) / BOUND_TIMES * n).long() + 1, n)
+            masked = torch.where(given, noise[number], torch.inf).argsort(1).argsort(1) < count
+            level = torch.where(report, self.model.schedule.inverse(1 - (count + gaps) / (n + gaps)), unknown)
+            nll = token_nll(denoiser, torch.where(masked, mask, canvas.ids), level, canvas.ids, groups, mask_id=mask)
             total += torch.where(masked, nll * n / count, 0.0).sum(1) / BOUND_TIMES
         return total.tolist()
 
-    def _sample(
-        self, task: Task, given: Given, draft: Draft, ids: np.ndarray, sampling: Sampling, stats: dict[str, Any]
-    ) -> Sample:
-        """The filled row as a study."""
-        request, codes, picture = given.request, given.codes, given.picture
-        pasted = request.paste_back and given.picture is not None
+    def _decode(
+        self, given: Given, ids: np.ndarray
+    ) -> tuple[PIL.Image.Image | None, tuple[tuple[str, bool], ...], np.ndarray]:
+        """Picture, report piece by piece, and codes of a filled row."""
+        segment, codes, picture = given.draft.row.segment, given.codes, given.picture
         if given.regenerate.any():
-            codes = self.joint.grid(ids[draft.row.segment == 0]).numpy()
-            picture = self.joint.picture(ids[draft.row.segment == 0], request.domain)
-            if pasted:
+            codes = self.joint.grid(ids[segment == 0]).numpy()
+            picture = self.joint.picture(ids[segment == 0], given.request.domain)
+            if given.request.paste_back and given.picture is not None:
                 picture.paste(given.picture, mask=PIL.Image.fromarray(~given.pixels))
-        parts = () if draft.slot is None else self.reader.words.read(draft.slot, ids[draft.row.segment == 1].tolist())
-        made = [
-            role for role, number in (("image", 0), ("report", 1)) if draft.generate[draft.row.segment == number].any()
-        ]
-        stats = {"plan": sampling.describe(made)} | stats | ({"paste_back": True} if pasted else {})
-        return Sample(request.id, task, request.domain, picture, parts, codes, given.codes, given.regenerate, stats)
+        slot = given.draft.slot
+        parts = () if slot is None else self.reader.words.read(slot, ids[segment == 1].tolist())
+        return picture, parts, codes
 
     @torch.no_grad()
     def nll(
@@ -440,22 +448,10 @@ class MeDiM:
 
 
 def _batches(given: Iterator[Given], size: int) -> Iterator[list[Given]]:
-    """Runs of requests of one shape whose drafts are `size` rows together, or one request that has more."""
-    batch: list[Given] = []
-    for one in given:
-        rows = sum(len(other.drafts) for other in batch) + len(one.drafts)
-        if batch and (rows > size or one.shape != batch[0].shape):
+    """Runs of at most `size` requests of one shape."""
+    for _, run in itertools.groupby(given, key=lambda one: one.shape):
+        while batch := list(itertools.islice(run, size)):
             yield batch
-            batch = []
-        batch.append(one)
-    if batch:
-        yield batch
-
-
-def _seeds(given: Given) -> list[np.random.SeedSequence]:
-    """The random stream of each draft; that of a single one is the request's own."""
-    root = np.random.SeedSequence(given.request.stream)
-    return [root] if len(given.drafts) == 1 else root.spawn(len(given.drafts))
 
 
 def save_folder(

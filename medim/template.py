@@ -25,7 +25,7 @@ from medim.tokenization.text import TextTokenizer
 from medim.vocabulary import Vocabulary
 
 GAP = (1, 12)  # tokens of a gap whose own bounds are not given
-CANDIDATES = 16  # combinations of gap lengths tried for one report, at most
+CANDIDATES = 16  # combinations of gap lengths tried at a time
 FREE, INSIDE, AFTER_SPACE, ADJOINING, NEW_WORD = range(5)  # rows of `Words.forbidden`
 _GAP = re.compile(r"\[(?:\.\.\.|…)(?:(\d+)-(\d+))?\]")
 
@@ -107,20 +107,28 @@ class Template:
         All combinations if they are few enough, else a random part of them in which each length of a gap occurs about
         equally often. An open gap has no length.
         """
+        choices = self._choices(room)
+        if math.prod(map(len, choices)) <= CANDIDATES:
+            combinations = set(itertools.product(*choices))
+        else:
+            turns = [[stream.permutation(one) for _ in range(-(-CANDIDATES // len(one)))] for one in choices]
+            combinations = {*zip(*(np.concatenate(one)[:CANDIDATES].tolist() for one in turns), strict=True)}
+        least = tuple(one[0] for one in choices)
+        return [one for one in sorted(combinations) if sum(one) <= room] or [least]
+
+    def vary(self, lengths: tuple[int, ...], gap: int, room: int) -> list[tuple[int, ...]]:
+        """The same lengths with others, `CANDIDATES` at most, of one gap."""
+        choice = self._choices(room)[gap]
+        every = -(-len(choice) // CANDIDATES)
+        others = ((*lengths[:gap], n, *lengths[gap + 1 :]) for n in choice[::every])
+        return [one for one in others if sum(one) <= room]
+
+    def _choices(self, room: int) -> list[range]:
         bounded = [(gap.low, gap.high) for gap in self.gaps if gap.high is not None]
         spare = room - sum(low for low, _ in bounded)
         if spare < 0:
             raise ValueError("the gaps do not fit; ask `Words.fit` first")
-        choices = [range(low, min(high, low + spare) + 1) for low, high in bounded]
-        combinations: list[tuple[int, ...]]
-        if math.prod(map(len, choices)) <= CANDIDATES:
-            combinations = list(itertools.product(*choices))
-        else:
-            turns = [[stream.permutation(one) for _ in range(-(-CANDIDATES // len(one)))] for one in choices]
-            columns = [np.concatenate(one)[:CANDIDATES].tolist() for one in turns]
-            combinations = sorted({*zip(*columns, strict=True)})
-        fitting = [one for one in combinations if sum(one) <= room]
-        return fitting or [tuple(low for low, _ in bounded)]
+        return [range(low, min(high, low + spare) + 1) for low, high in bounded]
 
 
 @dataclass(frozen=True)

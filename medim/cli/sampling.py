@@ -23,9 +23,9 @@ All that is made is synthetic.
   python sample.py demo --task edit --image chest.png --keep-image left --report "Clear lungs." --keep-report 2 --out o
   python sample.py demo --task report --input studies.jsonl --out out/many       # a line a study: {"image": ...}
 
-infill   fills the gaps [...] of --report; every other word is kept as it is. --image may be left out. Several lengths
-         of the gaps are filled, 16 at most, and the most probable report is kept: as many forward passes as the longest
-         gaps have tokens (--steps at most), and 8 to compare.
+infill   fills the gaps [...] of --report; every other word is kept as it is. --image may be left out. Of the lengths
+         that a gap may have, the one is taken under which the given words are the most probable: 8 forward passes for
+         each 16 combinations of lengths tried, first 16 of all gaps together, then 16 of each gap.
 inpaint  makes anew the codes that hold a marked pixel of --image and keeps the others exactly. Mark by --mask, a PNG of
          the image's size (white is made anew, black is kept), or by --box. --report may be left out.
 edit     keeps half an image (--image, --keep-image), the first words of a report (--keep-report), or both, and makes
