@@ -216,12 +216,15 @@ class MeDiM:
         progress: Callable[[int], None] | None = None,
         note: Callable[[str], None] | None = None,
     ) -> Iterator[Sample]:
-        """Make one sample for each request, batch by batch.
+        """Make one sample for each request, batch by batch, once all of them are checked.
 
         Args:
             batch_size: rows of a forward pass; results do not depend on it.
             progress: called with the number of samples done since the last call.
             note: called with a line on what was asked for and is not needed.
+
+        Raises:
+            UserError: a mistake in any of the requests, at once; an image that cannot be read, when its turn comes.
         """
         sampling = sampling or self.sampling
         if batch_size < 1:
@@ -229,10 +232,15 @@ class MeDiM:
         if task not in TASKS:
             raise UserError(f"unknown task {task!r}: one of {', '.join(TASKS)}")
         self._check(task, requests, sampling)
-        for batch in _batches((self._read(task, request, batch_size) for request in requests), batch_size):
-            yield from self._batch(task, batch, sampling, note)
-            if progress is not None:
-                progress(len(batch))
+
+        def samples() -> Iterator[Sample]:
+            given = (self._read(task, request, batch_size) for request in requests)
+            for batch in _batches(given, batch_size):
+                yield from self._batch(task, batch, sampling, note)
+                if progress is not None:
+                    progress(len(batch))
+
+        return samples()
 
     def _check(self, task: Task, requests: Sequence[Request], sampling: Sampling) -> None:
         limit = self.model.config.backbone.get("max_position_embeddings") or math.inf
