@@ -372,7 +372,7 @@ class MeDiM:
         canvas, generate, _ = self._canvas(drafts)
         mask, report = self.joint.vocabulary.mask, canvas.has_role("report")
         given, unknown = report & ~generate, (canvas.ids == mask).float()
-        denoiser = self._denoiser(canvas, given, torch.zeros_like(canvas.ids))
+        denoiser = self._denoiser(canvas, report, torch.zeros_like(canvas.ids))
         groups, n, gaps = (
             groups_of(denoiser, given),
             given.sum(1, keepdim=True),

@@ -23,7 +23,7 @@ from medim.errors import UserError
 from medim.given import Request, kept_words, touched
 from medim.pipeline import BOUND_TIMES, MeDiM, Sampling
 from medim.sampling import Plan
-from medim.template import ADJOINING, AFTER_SPACE, CANDIDATES, FREE, INSIDE, NEW_WORD, Gap, Template
+from medim.template import ADJOINING, AFTER_SPACE, CANDIDATES, FREE, INSIDE, NEW_WORD, Forbidding, Gap, Template
 from medim.tokenization.image import prepare_image
 
 TEXT = "The heart is [...2-4]. No  [...] effusion\nor [...1-1]."
@@ -167,30 +167,26 @@ def test_given_words_are_kept_verbatim(model: MeDiM, files: Path, text: str, sho
 
 
 def test_gaps_never_end_the_report(tiny_model: Path) -> None:
-    """Even if the network wants <eos> everywhere."""
+    """Even if the network wants <eos> in the gap, alone and in the second branch of guidance."""
     model = MeDiM.from_pretrained(tiny_model)
-    first = [*model.joint.text.encode("The heart"), *model.reader.words.encode(" is")]
     given = model._read("infill", Request("a", "xray", (0,), report="The heart is [...3-3]. Clear."), 16)
-    denoiser_ids, _, _ = model._fill([given], Sampling(), None)
-    weight = model.model.output_weight.data
     canvas, generate, rule = model._canvas([given.draft])
-    denoiser = model._denoiser(canvas, generate, rule)
-    plain = model.model.denoiser(canvas)
-    weight[model.joint.text.eos] = 0
-    weight[1 : model.joint.text.size] *= 1e-6
-    hidden = model.model(canvas.ids, torch.where(generate, 1.0, 0.0), None, canvas.valid)
-    weight[model.joint.text.eos] = 50 * hidden[generate].mean(0)
-    log_p = denoiser.restricted(canvas.ids, torch.where(generate, 1.0, 0.0), denoiser.groups(generate))[0]
-    assert (
-        plain.restricted(canvas.ids, torch.where(generate, 1.0, 0.0), plain.groups(generate))[0].argmax(1) == 0
-    ).all()
-    assert torch.isneginf(log_p[:, 0]).all() and log_p.argmax(1).min() > 0
-    full = denoiser(canvas.ids, torch.where(generate, 1.0, 0.0))
-    torch.testing.assert_close(full[generate][:, : model.joint.text.size], log_p)
+    t, size, weight = generate.float(), model.joint.text.size, model.model.output_weight.data
+    hidden = model.model(canvas.ids, t, None, canvas.valid)[generate]
+    weight[:size] *= 1e-6
+    weight[model.joint.text.eos] = 50 * hidden.mean(0)
+    plain, bound = model.model.denoiser(canvas), model._denoiser(canvas, generate, rule)
+    assert isinstance(bound, Forbidding)
+    (wanted,) = plain.restricted(canvas.ids, t, plain.groups(generate))
+    assert (wanted.argmax(1) == model.joint.text.eos).all()
+    (logits,) = bound.restricted(canvas.ids, t, bound.groups(generate))
+    assert torch.isneginf(logits[:, model.joint.text.eos]).all() and torch.isfinite(logits).any(1).all()
+    torch.testing.assert_close(bound(canvas.ids, t)[generate][:, :size], logits)
+    twice = bound.restricted(canvas.ids.repeat(2, 1), t.repeat(2, 1), bound.groups(generate.repeat(2, 1)))[0]
+    torch.testing.assert_close(twice, logits.repeat(2, 1))
     ids, _, _ = model._fill([given], Sampling(), None)
-    segment = ids[0].numpy()[given.draft.row.segment == 1].tolist()
-    assert segment[: len(first)] == first and denoiser_ids.shape == ids.shape
-    assert 0 not in segment[len(first) : len(first) + 3] and segment[-1] == 0
+    gap = ids[generate].tolist()
+    assert len(gap) == 3 and model.joint.text.eos not in gap and ids[0, -1] == model.joint.text.eos
 
 
 def test_the_score_of_lengths_is_exact_for_a_uniform_model(tiny_model: Path) -> None:
