@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import pytest
+import tokenizers
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from medim import cli
 from medim.data import embedded, phantom
@@ -23,8 +25,10 @@ from medim.errors import UserError
 from medim.given import Request, kept_words, touched
 from medim.pipeline import BOUND_TIMES, MeDiM, Sampling
 from medim.sampling import Plan
-from medim.template import ADJOINING, AFTER_SPACE, CANDIDATES, FREE, INSIDE, NEW_WORD, Forbidding, Gap, Template
+from medim.template import ADJOINING, AFTER_SPACE, CANDIDATES, FREE, INSIDE, NEW_WORD, Forbidding, Gap, Template, Words
 from medim.tokenization.image import prepare_image
+from medim.tokenization.text import TextTokenizer
+from medim.vocabulary import Vocabulary
 
 TEXT = "The heart is [...2-4]. No  [...] effusion\nor [...1-1]."
 GUIDED = Sampling(Plan("ancestral", steps=5, guidance=0.5), Plan("confidence", steps=4, guidance=1.0))
@@ -500,3 +504,27 @@ def test_the_demo_finds_the_length_of_a_gap() -> None:
     ):
         (made,) = demo.sample("infill", image=image, report=report, seed=1)
         assert made.parts[1] == (words, False)
+
+
+@pytest.mark.parametrize("scheme", ["always", "first"])
+def test_a_tokenizer_that_prepends_a_space(scheme: Any) -> None:
+    """Llama's and Gemma's kind: a fragment within a report neither gains nor loses a space."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    tokenizer.decoder = tokenizers.decoders.Metaspace(prepend_scheme=scheme)
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=90, special_tokens=["<unk>", "</s>"], show_progress=False)
+    tokenizer.train_from_iterator(["The heart is normal. No left effusion. No x left."] * 20, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
+    text = TextTokenizer(fast)
+    words = Words(text, Vocabulary.build(text.size, text.eos, 8))
+    for one in (" left", ". No left", "ormal.", " x", "x"):
+        assert words.decode(words.encode(one)) == one
+    slot = words.slot(Template.parse("No [...2-2] effusion. [...1-1]"), (2, 1), 16)
+    assert text.decode([i for i in slot.ids if i != words.vocabulary.mask]) == "No effusion."
+    parts = words.read(
+        slot, [*text.encode("No"), *words.encode(" left")[:1] * 2, *slot.ids[len(text.encode("No")) + 2 :]]
+    )
+    assert parts[0] == ("No ", True) and parts[1][0].strip() == parts[1][0] and parts[2] == (" effusion. ", True)
+    spaced = [words.decode([i]).startswith(" ") for i in range(text.size)]
+    assert any(spaced) and not words.forbidden[AFTER_SPACE, : text.size][torch.tensor(spaced)].all()
+    assert words.forbidden[AFTER_SPACE, : text.size][~torch.tensor(spaced)].all()
