@@ -387,7 +387,7 @@ class Reader:
             rule.region(request, self.side, self.grid)
             template = rule.template(request)
             longest = max(self.slots[request.domain])
-            if template is not None and template.known:
+            if template is not None and template.pieces != (Gap(),):
                 fixed = self.words.fit(template, self.joint.slot.longest)
                 wanted = self._size(fixed + sum(gap.high or 0 for gap in template.gaps))
                 longest = max(longest, wanted) if Gap() in template.pieces else wanted

@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import pytest
+import tokenizers
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from medim import cli
 from medim.data import embedded, phantom
@@ -23,8 +25,10 @@ from medim.errors import UserError
 from medim.given import Request, kept_words, touched
 from medim.pipeline import BOUND_TIMES, MeDiM, Sampling
 from medim.sampling import Plan
-from medim.template import ADJOINING, AFTER_SPACE, CANDIDATES, FREE, INSIDE, NEW_WORD, Gap, Template
+from medim.template import ADJOINING, AFTER_SPACE, CANDIDATES, FREE, INSIDE, NEW_WORD, Forbidding, Gap, Template, Words
 from medim.tokenization.image import prepare_image
+from medim.tokenization.text import TextTokenizer
+from medim.vocabulary import Vocabulary
 
 TEXT = "The heart is [...2-4]. No  [...] effusion\nor [...1-1]."
 GUIDED = Sampling(Plan("ancestral", steps=5, guidance=0.5), Plan("confidence", steps=4, guidance=1.0))
@@ -167,30 +171,27 @@ def test_given_words_are_kept_verbatim(model: MeDiM, files: Path, text: str, sho
 
 
 def test_gaps_never_end_the_report(tiny_model: Path) -> None:
-    """Even if the network wants <eos> everywhere."""
+    """Even if the network wants <eos> in the gap, alone and in the second branch of guidance."""
     model = MeDiM.from_pretrained(tiny_model)
-    first = [*model.joint.text.encode("The heart"), *model.reader.words.encode(" is")]
     given = model._read("infill", Request("a", "xray", (0,), report="The heart is [...3-3]. Clear."), 16)
-    denoiser_ids, _, _ = model._fill([given], Sampling(), None)
-    weight = model.model.output_weight.data
     canvas, generate, rule = model._canvas([given.draft])
-    denoiser = model._ruled(model.model.denoiser(canvas, generate), rule)
+    t, size, weight = generate.float(), model.joint.text.size, model.model.output_weight.data
+    hidden = model.model(canvas.ids, t, None, canvas.valid)[generate]
+    weight[:size] *= 1e-6
+    weight[model.joint.text.eos] = 50 * hidden.mean(0)
     plain = model.model.denoiser(canvas, generate)
-    weight[model.joint.text.eos] = 0
-    weight[1 : model.joint.text.size] *= 1e-6
-    hidden = model.model(canvas.ids, torch.where(generate, 1.0, 0.0), None, canvas.valid)
-    weight[model.joint.text.eos] = 50 * hidden[generate].mean(0)
-    log_p = denoiser.restricted(canvas.ids, torch.where(generate, 1.0, 0.0), denoiser.groups(generate))[0]
-    assert (
-        plain.restricted(canvas.ids, torch.where(generate, 1.0, 0.0), plain.groups(generate))[0].argmax(1) == 0
-    ).all()
-    assert torch.isneginf(log_p[:, 0]).all() and log_p.argmax(1).min() > 0
-    full = denoiser(canvas.ids, torch.where(generate, 1.0, 0.0))
-    torch.testing.assert_close(full[generate][:, : model.joint.text.size], log_p)
+    bound = model._ruled(plain, rule)
+    assert isinstance(bound, Forbidding)
+    (wanted,) = plain.restricted(canvas.ids, t, plain.groups(generate))
+    assert (wanted.argmax(1) == model.joint.text.eos).all()
+    (logits,) = bound.restricted(canvas.ids, t, bound.groups(generate))
+    assert torch.isneginf(logits[:, model.joint.text.eos]).all() and torch.isfinite(logits).any(1).all()
+    torch.testing.assert_close(bound(canvas.ids, t)[generate][:, :size], logits)
+    twice = bound.restricted(canvas.ids.repeat(2, 1), t.repeat(2, 1), bound.groups(generate.repeat(2, 1)))[0]
+    torch.testing.assert_close(twice, logits.repeat(2, 1))
     ids, _, _ = model._fill([given], Sampling(), None)
-    segment = ids[0].numpy()[given.draft.row.segment == 1].tolist()
-    assert segment[: len(first)] == first and denoiser_ids.shape == ids.shape
-    assert 0 not in segment[len(first) : len(first) + 3] and segment[-1] == 0
+    gap = ids[generate].tolist()
+    assert len(gap) == 3 and model.joint.text.eos not in gap and ids[0, -1] == model.joint.text.eos
 
 
 def test_the_score_of_lengths_is_exact_for_a_uniform_model(tiny_model: Path) -> None:
@@ -504,3 +505,27 @@ def test_the_demo_finds_the_length_of_a_gap() -> None:
     ):
         (made,) = demo.sample("infill", image=image, report=report, seed=1)
         assert made.parts[1] == (words, False)
+
+
+@pytest.mark.parametrize("scheme", ["always", "first"])
+def test_a_tokenizer_that_prepends_a_space(scheme: Any) -> None:
+    """Llama's and Gemma's kind: a fragment within a report neither gains nor loses a space."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    tokenizer.decoder = tokenizers.decoders.Metaspace(prepend_scheme=scheme)
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=90, special_tokens=["<unk>", "</s>"], show_progress=False)
+    tokenizer.train_from_iterator(["The heart is normal. No left effusion. No x left."] * 20, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
+    text = TextTokenizer(fast)
+    words = Words(text, Vocabulary.build(text.size, text.eos, 8))
+    for one in (" left", ". No left", "ormal.", " x", "x"):
+        assert words.decode(words.encode(one)) == one
+    slot = words.slot(Template.parse("No [...2-2] effusion. [...1-1]"), (2, 1), 16)
+    assert text.decode([i for i in slot.ids if i != words.vocabulary.mask]) == "No effusion."
+    parts = words.read(
+        slot, [*text.encode("No"), *words.encode(" left")[:1] * 2, *slot.ids[len(text.encode("No")) + 2 :]]
+    )
+    assert parts[0] == ("No ", True) and parts[1][0].strip() == parts[1][0] and parts[2] == (" effusion. ", True)
+    spaced = [words.decode([i]).startswith(" ") for i in range(text.size)]
+    assert any(spaced) and not words.forbidden[AFTER_SPACE, : text.size][torch.tensor(spaced)].all()
+    assert words.forbidden[AFTER_SPACE, : text.size][~torch.tensor(spaced)].all()
