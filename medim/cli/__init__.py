@@ -35,9 +35,9 @@ def run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | No
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (train, "train a model, or go on with a run"),
-    "sample": (sample, "make pairs, reports or images"),
+    "sample": (sample, "make pairs, reports, images, or parts of them"),
     "prepare": (prepare, "encode studies once, before training"),
-    "score": (score, "bits that a model needs for each study"),
+    "score": (score, "bits that a model needs for each study; which report fits"),
 }
 
 
