@@ -286,6 +286,10 @@ class MeDiM:
             n_times=n_times, seed=seed, batch_size=batch_size, progress=progress,
         )  # fmt: skip
 
+    def check(self, studies: Sequence[Study]) -> None:
+        """Raise what `nll`, `fit` and `rank` would raise of these studies, without scoring them."""
+        self._scorer(1, 0, 1, None).check(studies)
+
     def nll(
         self,
         studies: Sequence[Study],
@@ -326,8 +330,8 @@ class MeDiM:
         Studies with the same id share their noise, so that their fits may be compared.
 
         Args:
-            direction: ``report`` is log2 p(report|image) - log2 p(report), ``image`` the other way round, ``both`` the
-                mean of the two.
+            direction: ``report`` is log2 p(report|image) - log2 p(report), ``image`` the other way round, ``both`` a
+                mean of the two (`medim.likelihood.REPORT_SHARE`).
 
         Raises:
             UserError: as `nll`; a model that was trained without condition dropout.
