@@ -148,11 +148,11 @@ class Scorer:
             self.progress(len(part))
         return results
 
-    def fit(self, studies: Sequence[Study], direction: Direction = "both") -> list[Fit]:
+    def fit(self, studies: Sequence[Study], direction: str = "both") -> list[Fit]:
         """Bits of mutual information of each study's image and report; see `MeDiM.fit`."""
         return [_fit(s.id, levels) for s, levels in zip(studies, self._fits(studies, direction), strict=True)]
 
-    def rank(self, image: Image, reports: Sequence[str], name: str = "image", direction: Direction = "both") -> Ranking:
+    def rank(self, image: Image, reports: Sequence[str], name: str = "image", direction: str = "both") -> Ranking:
         """Which of several reports fits an image best; see `MeDiM.rank`."""
         if len(reports) < 2:
             raise UserError(f"study {name}: {len(reports)} report to rank: give at least 2")
@@ -165,7 +165,7 @@ class Scorer:
 
     # --------------------------------------------------------------------------------------------- how it is found
 
-    def _fits(self, studies: Sequence[Study], direction: Direction) -> list[Float[Tensor, "T"]]:
+    def _fits(self, studies: Sequence[Study], direction: str) -> list[Float[Tensor, "T"]]:
         """The fit of each study by noise level, in bits."""
         if direction not in DIRECTIONS:
             raise UserError(f"unknown direction {direction!r}: one of {', '.join(DIRECTIONS)}")

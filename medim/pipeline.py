@@ -19,7 +19,7 @@ from torch import Tensor
 from medim.canvas import Canvas, Row, Segment, layout
 from medim.data.studies import Image, Study
 from medim.errors import UserError
-from medim.likelihood import NLL, Direction, Fit, Ranking, Scorer
+from medim.likelihood import NLL, Fit, Ranking, Scorer
 from medim.model.medim import MeDiMModel
 from medim.sampling import REVEALS, Cost, Plan, sample
 from medim.tokenization.image import prepare_image
@@ -319,7 +319,7 @@ class MeDiM:
         self,
         studies: Sequence[Study],
         *,
-        direction: Direction = "both",
+        direction: str = "both",
         n_times: int = 8,
         seed: int = 0,
         batch_size: int = 16,
@@ -345,7 +345,7 @@ class MeDiM:
         *,
         domain: str | None = None,
         id: str = "image",
-        direction: Direction = "both",
+        direction: str = "both",
         n_times: int = 8,
         seed: int = 0,
         batch_size: int = 16,
