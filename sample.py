@@ -1,4 +1,4 @@
-"""Make image-report pairs, reports for images, or images for reports.
+"""Make image-report pairs, reports for images, images for reports, or the missing parts of either.
 
 python sample.py demo --task pair -n 4 --out out
 python sample.py --help

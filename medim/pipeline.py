@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -12,83 +14,149 @@ from typing import Any, Literal, get_args
 import numpy as np
 import PIL.Image
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
+from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from torch import Tensor
+from yaml import YAMLError
 
-from medim.canvas import Canvas, Row, Segment, layout
+from medim.canvas import ROLES, Canvas
 from medim.data.studies import Image, Study
+from medim.diffusion import Denoiser, groups_of, token_nll
 from medim.errors import UserError
+from medim.given import TASKS, Draft, Given, Reader, Request, Task
 from medim.likelihood import NLL, Fit, Ranking, Scorer
+from medim.model.denoiser import BoundDenoiser
 from medim.model.medim import MeDiMModel
-from medim.sampling import REVEALS, Cost, Plan, sample
-from medim.tokenization.image import prepare_image
+from medim.sampling import REVEALS, Cost, Plan, halton_order, sample
+from medim.template import Forbidding
 from medim.tokenization.joint import JointTokenizer
-from medim.vocabulary import MODALITIES
 
 ASSETS = Path(__file__).parent / "assets"
 SHIPPED = ("demo",)
-Task = Literal["pair", "report", "image"]
-TASKS: tuple[Task, ...] = get_args(Task)
 Order = Literal["report-first", "image-first", "together"]
-GENERATES: dict[Task, tuple[str, ...]] = {"pair": ("report", "image"), "report": ("report",), "image": ("image",)}
+BOUND_TIMES = 8  # forward passes that compare fillings of different lengths
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How each segment is generated, and in which order a pair is; saved beside a model as `sampling.json`."""
+    """How each segment is generated, and in which order a pair is; saved beside a model as `sampling.json`.
+
+    Attributes:
+        order: ``together`` walks both segments in the same forward passes, each by its own plan, without guidance.
+        refresh: with ``condition_attention: full``, what is given is computed in every so many-th pass only: faster, an
+            approximation whose drift is told. 1 is exact. With ``prefix`` it is computed once anyway, exactly.
+    """
 
     report: Plan = Plan("ancestral", steps=16)
     image: Plan = Plan("confidence", steps=16, schedule="cosine")
     order: Order = "report-first"
+    refresh: int = 1
+
+    def __post_init__(self) -> None:
+        if self.order not in get_args(Order):
+            raise ValueError(f"unknown order {self.order!r}: one of {', '.join(get_args(Order))}")
+        if self.refresh < 1:
+            raise ValueError(f"refresh={self.refresh}: at least 1, which is exact")
+
+    @classmethod
+    def read(cls, path: str | Path) -> Sampling:
+        """Plans from a YAML or JSON file such as those in configs/sample/; what it leaves out is the default.
+
+        Raises:
+            UserError: no such file, an unknown key, a value that no plan takes.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise UserError(f"{path}: no such file of sampling plans; configs/sample/ has some")
+        try:
+            data: Any = OmegaConf.to_container(OmegaConf.load(path)) or {}
+            made = {role: Plan(**data[role]) for role in ("report", "image") if role in data}
+            return cls(**{**data, **made})
+        except (TypeError, ValueError, YAMLError) as error:
+            raise UserError(f"{path}: not sampling plans ({' '.join(str(error).split())})") from error
 
     def override(
-        self, plan: str | None, steps: int | None, guidance: float | None, temperature: float | None
+        self,
+        plan: str | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        temperature: float | None = None,
+        order: Order | None = None,
+        refresh: int | None = None,
     ) -> Sampling:
-        """The same with what a user asked for, on both segments."""
+        """The same with what a user asked for; what belongs to a plan, in both plans.
+
+        Raises:
+            UserError: a plan does not take it.
+        """
         if plan is not None and plan not in REVEALS:
             raise UserError(f"unknown plan {plan!r}: one of {', '.join(REVEALS)}")
         asked = {"name": plan, "steps": steps, "guidance": guidance, "temperature": temperature}
         changes: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
         try:
-            return replace(self, report=replace(self.report, **changes), image=replace(self.image, **changes))
+            report, image = replace(self.report, **changes), replace(self.image, **changes)
+            return Sampling(report, image, order or self.order, self.refresh if refresh is None else refresh)
         except ValueError as error:
             raise UserError(str(error)) from error
 
-    def for_task(self, task: Task) -> str:
-        """One line that says which plan made a sample, as the manifest has it."""
+    def without_guidance(self) -> Sampling:
+        """The same for a model that was not trained for guidance."""
+        return replace(self, report=replace(self.report, guidance=0.0), image=replace(self.image, guidance=0.0))
+
+    def describe(self, roles: Sequence[str]) -> str:
+        """One line that says which plans made these segments, as the manifest has it."""
         plans = {"report": self.report, "image": self.image}
-        parts = [f"{role}:{plans[role].name}/{plans[role].steps}" for role in GENERATES[task]]
-        return f"{self.order} {' '.join(parts)}" if task == "pair" else parts[0]
-
-
-@dataclass(frozen=True)
-class Request:
-    """One sample to make: what is given (an image, a report, neither) and its own random stream."""
-
-    id: str
-    domain: str
-    stream: tuple[int, ...]
-    image: PIL.Image.Image | Path | None = None
-    report: str | None = None
+        parts = [f"{role}:{plans[role].name}/{plans[role].steps}" for role in ("report", "image") if role in roles]
+        return " ".join([self.order, *parts] if len(parts) > 1 else parts)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A generated study. All of it is synthetic; `given` names the part that was not generated."""
+    """A generated study. What was not given is synthetic.
+
+    Attributes:
+        picture: None if no image was given or made (infill of a report alone).
+        parts: the report piece by piece, and whether each was given.
+        codes: int [h, w] of `picture`, -1 where none.
+        given_codes: int [h, w] of the given image, -1 where none.
+        regenerated: bool [h, w]: these codes were made, all others are `given_codes`.
+    """
 
     id: str
     task: Task
     domain: str
-    image: PIL.Image.Image
-    report: str
-    codes: np.ndarray  # [h, w]
+    picture: PIL.Image.Image | None
+    parts: tuple[tuple[str, bool], ...]
+    codes: np.ndarray
+    given_codes: np.ndarray
+    regenerated: np.ndarray
     stats: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def image(self) -> PIL.Image.Image:
+        """The picture.
+
+        Raises:
+            ValueError: the sample has none.
+        """
+        if self.picture is None:
+            raise ValueError(f"{self.id}: no image was given or made")
+        return self.picture
+
+    @property
+    def report(self) -> str:
+        """The report, empty if none was given or made."""
+        return "".join(text for text, _ in self.parts)
+
+    @property
     def given(self) -> str | None:
-        """The role that was given: ``image``, ``report`` or None."""
-        return {"pair": None, "report": "image", "image": "report"}[self.task]
+        """What was not generated: ``image``, ``report``, ``part of the image``, two of them, or None."""
+        kept = (self.given_codes >= 0) & ~self.regenerated
+        words = [given for _, given in self.parts]
+        shares = {"image": (kept.any(), kept.all()), "report": (any(words), all(words))}
+        said = [name if whole else f"part of the {name}" for name, (some, whole) in shares.items() if some]
+        return " and ".join(said) or None
 
 
 class MeDiM:
@@ -102,7 +170,9 @@ class MeDiM:
     def __init__(
         self, model: MeDiMModel, joint: JointTokenizer, slots: dict[str, dict[int, int]], sampling: Sampling, name: str
     ) -> None:
-        self.model, self.joint, self.slots, self.sampling, self.name = model.eval(), joint, slots, sampling, name
+        self.model, self.joint, self.slots, self.name = model.eval(), joint, slots, name
+        self.sampling = sampling if model.config.condition_dropout else sampling.without_guidance()
+        self.reader = Reader(joint, slots)
 
     @classmethod
     def from_pretrained(cls, name: str | Path, device: str | torch.device = "cpu") -> MeDiM:
@@ -121,7 +191,8 @@ class MeDiM:
         slots = _read_json(folder / "report_slots.json")
         counts = {domain: {int(k): v for k, v in histogram.items()} for domain, histogram in slots.items()}
         model.to(device)  # type: ignore[arg-type]
-        return cls(model, joint, counts, _read_sampling(folder), str(name))
+        path = folder / "sampling.json"
+        return cls(model, joint, counts, Sampling.read(path) if path.is_file() else Sampling(), str(name))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a self-contained folder."""
@@ -140,145 +211,239 @@ class MeDiM:
         seed: int = 0,
         image: PIL.Image.Image | str | Path | None = None,
         report: str | None = None,
+        mask: PIL.Image.Image | str | Path | None = None,
         batch_size: int = 16,
         sampling: Sampling | None = None,
+        **given: Any,
     ) -> list[Sample]:
         """Make `n` studies; sample i is a pure function of (seed, i), whatever the batch size.
 
         Args:
-            image: what a report is written for; a file or a picture.
-            report: what an image is drawn for.
+            image: the image that is given, or of which a part is; a file or a picture.
+            report: the report that is given; for task infill with gaps, such as ``"Heart [...]. No [...2-3]."``.
+            mask: task inpaint: what is to be regenerated; a file or a picture as large as `image`.
+            given: more fields of `Request`: box, keep_image, keep_report, gap, paste_back.
 
         Raises:
-            UserError: `n` < 1, an unknown task or domain, a missing or a superfluous `image` or `report`.
+            UserError: `n` < 1, an unknown task or domain, something missing or superfluous that is given, or guidance
+                asked of a model that was trained without.
         """
         if n < 1:
             raise UserError(f"n={n}: give at least 1 sample to make")
-        if task not in TASKS:
-            raise UserError(f"unknown task {task!r}: one of {', '.join(TASKS)}")
-        given = Path(image) if isinstance(image, str) else image
+        image, mask = (Path(one) if isinstance(one, str) else one for one in (image, mask))
         domain = domain or self.domains[0]
-        requests = [Request(f"{domain}-{task}-{i:05d}", domain, (seed, i), given, report) for i in range(n)]
+        requests = [
+            Request(f"{domain}-{task}-{i:05d}", domain, (seed, i), image, report, mask, **given) for i in range(n)
+        ]
         return list(self.generate(task, requests, batch_size=batch_size, sampling=sampling))
 
     def generate(
         self,
-        task: Task,
+        task: str,
         requests: Sequence[Request],
         *,
         batch_size: int = 16,
         sampling: Sampling | None = None,
         progress: Callable[[int], None] | None = None,
+        note: Callable[[str], None] | None = None,
     ) -> Iterator[Sample]:
-        """Make one sample for each request, batch by batch.
+        """Make one sample for each request, batch by batch, once all of them are checked.
 
         Args:
+            batch_size: rows of a forward pass; results do not depend on it.
             progress: called with the number of samples done since the last call.
+            note: called with a line on what was asked for and is not needed.
+
+        Raises:
+            UserError: a mistake in any of the requests, at once; an image that cannot be read, when its turn comes.
         """
         sampling = sampling or self.sampling
         if batch_size < 1:
             raise UserError(f"batch size {batch_size}: give at least 1")
+        if task not in TASKS:
+            raise UserError(f"unknown task {task!r}: one of {', '.join(TASKS)}")
+        self._check(task, requests, sampling)
+
+        def samples() -> Iterator[Sample]:
+            given = (self._read(task, request, batch_size) for request in requests)
+            for batch in _batches(given, batch_size):
+                yield from self._batch(task, batch, sampling, note)
+                if progress is not None:
+                    progress(len(batch))
+
+        return samples()
+
+    def _check(self, task: Task, requests: Sequence[Request], sampling: Sampling) -> None:
+        limit = self.model.config.backbone.get("max_position_embeddings") or math.inf
+        if (sampling.report.guidance or sampling.image.guidance) and not self.model.config.condition_dropout:
+            raise UserError(
+                f"guidance: {self.name} was trained without condition dropout, so it knows no image without its report "
+                "and no report without its image; use guidance 0"
+            )
         for request in requests:
-            self._check(task, request)
-        for first in range(0, len(requests), batch_size):
-            batch = requests[first : first + batch_size]
-            yield from self._batch(task, batch, sampling)
-            if progress is not None:
-                progress(len(batch))
+            if request.domain not in self.domains:
+                raise UserError(
+                    f"{request.where}unknown domain {request.domain!r}: {self.name} knows {', '.join(self.domains)}"
+                )
+            length = self.reader.check(task, request)
+            if length > limit:
+                raise UserError(
+                    f"{request.where}a canvas of {length} positions is longer than the {limit} that the backbone of "
+                    f"{self.name} knows (max_position_embeddings): use a shorter report"
+                )
 
-    def _check(self, task: Task, request: Request) -> None:
-        if request.domain not in self.domains:
-            raise UserError(f"unknown domain {request.domain!r}: {self.name} knows {', '.join(self.domains)}")
-        needed = {"image": task == "report", "report": task == "image"}
-        for what, value in (("image", request.image), ("report", request.report)):
-            if needed[what] and (value is None or value == ""):
-                raise UserError(f"task {task} needs {'an image' if what == 'image' else 'a report'} to start from")
-            if not needed[what] and value is not None:
-                raise UserError(f"task {task} makes the {what} itself: leave the given {what} out")
-        if isinstance(request.image, Path) and not request.image.is_file():
-            raise UserError(f"image {request.image}: no such file")
+    def _read(self, task: Task, request: Request, batch_size: int) -> Given:
+        """The request as positions, its gaps as long as is most probable."""
+        started, spent = time.perf_counter(), 0
 
-    def _prepared(self, request: Request) -> PIL.Image.Image:
-        """The given image as the model saw it, before the image tokenizer."""
-        assert request.image is not None
-        gray = MODALITIES[request.domain].gray
-        picture = prepare_image(request.image, self.joint.image.config.resolution, gray)
-        return picture.convert("L") if gray else picture
+        def score(drafts: Sequence[Draft]) -> list[float]:
+            nonlocal spent
+            bounds: list[float] = []
+            for first in range(0, len(drafts), batch_size):
+                bounds += self._bounds(drafts[first : first + batch_size], request.stream)
+                spent += BOUND_TIMES
+            return bounds
 
-    def _row(self, request: Request, stream: np.random.Generator) -> Row:
-        """The layout of a sample, [MASK] where something is to be made."""
-        mask = self.joint.vocabulary.mask
-        side = self.joint.image.config.resolution
-        h, w = self.joint.image.grid(side, side)
-        codes = [mask] * (h * w)
-        if request.image is not None:
-            codes = self.joint.code_ids(self.joint.image_codes(Image(request.domain, request.image)))
-        if request.report is not None:
-            report = self.joint.report_ids(request.report)
-        else:
-            lengths, counts = zip(*sorted(self.slots[request.domain].items()), strict=True)
-            report = [mask] * int(stream.choice(lengths, p=np.array(counts) / sum(counts)))
-        segments = [Segment("image", request.domain, codes), Segment("report", "text", report)]
-        return layout(segments, self.joint.vocabulary)
-
-    def _phases(
-        self, task: Task, canvas: Canvas, sampling: Sampling
-    ) -> Iterator[tuple[Bool[Tensor, "B L"], Bool[Tensor, "B L"] | None, Plan]]:
-        """What is generated, given what, by which plan: one after the other."""
-        where = {"report": canvas.has_role("report"), "image": canvas.has_role("image")}
-        plans = {"report": sampling.report, "image": sampling.image}
-        if task != "pair":
-            other = "image" if task == "report" else "report"
-            yield where[task], where[other], plans[task]
-        elif sampling.order == "together":
-            yield where["report"] | where["image"], None, replace(sampling.image, guidance=0.0)
-        else:
-            first, second = ("report", "image") if sampling.order == "report-first" else ("image", "report")
-            yield where[first], None, replace(plans[first], guidance=0.0)
-            yield where[second], where[first], plans[second]
+        given = self.reader.read(task, request, score)
+        return replace(given, spent=spent, seconds=time.perf_counter() - started)
 
     @torch.no_grad()
-    def _batch(self, task: Task, requests: Sequence[Request], sampling: Sampling) -> Iterator[Sample]:
+    def _batch(
+        self, task: Task, batch: Sequence[Given], sampling: Sampling, note: Callable[[str], None] | None
+    ) -> Iterator[Sample]:
         started = time.perf_counter()
-        seeds = [np.random.SeedSequence(request.stream) for request in requests]
-        rows = [self._row(r, np.random.default_rng(s)) for r, s in zip(requests, seeds, strict=True)]
-        vocabulary, device = self.joint.vocabulary, self.model.device
-        canvas = Canvas.collate(rows, vocabulary.eos).to(device)
-        generators = [torch.Generator(device).manual_seed(int(s.generate_state(1, np.uint64)[0] >> 1)) for s in seeds]
-        ids, cost = canvas.ids, Cost()
-        for generate, condition, plan in self._phases(task, canvas, sampling):
+        ids, cost, used = self._fill(batch, sampling, note)
+        final = ids.cpu().numpy()
+        studies = [self._decode(given, final[i, : len(given.draft.row.ids)]) for i, given in enumerate(batch)]
+        seconds = (time.perf_counter() - started) / len(batch)
+        for given, passes, (picture, parts, codes) in zip(batch, cost.row_passes, studies, strict=True):
+            request, made = given.request, given.draft.generate
+            roles = [
+                ROLES[role] for n, role in enumerate(given.draft.row.roles) if made[given.draft.row.segment == n].any()
+            ]
+            stats = {
+                "plan": sampling.describe(roles),
+                "forward_passes": given.spent + passes,
+                "seconds": round(given.seconds + seconds, 3),
+            }
+            stats |= used
+            if given.tried > 1:
+                stats["lengths_tried"] = given.tried
+            if request.paste_back and given.picture is not None:
+                stats["paste_back"] = True
+            yield Sample(request.id, task, request.domain, picture, parts, codes, given.codes, given.regenerate, stats)
+
+    def _fill(
+        self, batch: Sequence[Given], sampling: Sampling, note: Callable[[str], None] | None
+    ) -> tuple[Int[Tensor, "B L"], Cost, dict[str, float]]:
+        """The ids of the filled rows, what it cost, the largest guidance used and, if any, the drift of memory."""
+        canvas, generate, rule = self._canvas([given.draft for given in batch])
+        mask, device, cost = self.joint.vocabulary.mask, canvas.ids.device, Cost()
+        seeds = [np.random.SeedSequence(given.request.stream).generate_state(1, np.uint64)[0] for given in batch]
+        generators = [torch.Generator(device).manual_seed(int(seed >> 1)) for seed in seeds]
+        side = self.joint.image.config.resolution
+        ranks = torch.nn.functional.pad(halton_order(*self.joint.image.grid(side, side)), (1, 0), value=-1)
+        ids, scales, drifts = canvas.ids, [0.0], []
+        for condition, plans in self._phases(canvas, generate, sampling):
+            where = torch.stack([w for _, w in plans]).any(0)
+            if condition is None or not bool((condition & (ids != mask)).any()):
+                # nothing is known that the other branch could be without
+                plans = [(replace(plan, guidance=0.0), w) for plan, w in plans]
+            for plan, w in plans:
+                positions = int(w.sum(1).max())
+                if note is not None and plan.steps is not None and plan.capped(positions) < plan.steps:
+                    note(f"{plan.steps} steps for {positions} positions: as many steps as positions are run")
+            bound = self.model.denoiser(canvas, where, refresh=sampling.refresh)
             ids = sample(
-                self.model.denoiser(canvas, generate),
+                self._ruled(bound, rule),
                 ids,
-                generate,
-                plan,
-                mask_id=vocabulary.mask,
+                where,
+                plans,
+                mask_id=mask,
                 generator=generators,
                 condition=condition,
+                order=ranks.to(device)[canvas.place],
                 schedule=self.model.schedule,
                 cost=cost,
             )
-        final = ids.cpu().numpy()
-        studies = [self.joint.decode(final[i, : len(row.ids)], row) for i, row in enumerate(rows)]
-        seconds = (time.perf_counter() - started) / len(requests)
-        for i, (request, row, study) in enumerate(zip(requests, rows, studies, strict=True)):
-            picture = study.images[0].pixels if request.image is None else self._prepared(request)
-            assert isinstance(picture, PIL.Image.Image)
-            codes = self.joint.grid(final[i, : len(row.ids)][row.segment == 0]).numpy()
-            stats = {
-                "plan": sampling.for_task(task),
-                "guidance": self._guidance(task, sampling),
-                "forward_passes": cost.forward_passes,
-                "seconds": round(seconds, 3),
-            }
-            report = study.report if request.report is None else request.report
-            yield Sample(request.id, task, request.domain, picture, report, codes, stats)
+            scales += [plan.guidance for plan, _ in plans]
+            drifts += [] if bound.drift is None else [bound.drift]
+        used = {"guidance": max(scales)} | ({"cache_drift": max(drifts)} if drifts else {})
+        return ids, cost, used
 
-    def _guidance(self, task: Task, sampling: Sampling) -> float:
-        if task == "pair":
-            scale = {"report-first": sampling.image, "image-first": sampling.report}.get(sampling.order)
-            return scale.guidance if scale else 0.0
-        return (sampling.report if task == "report" else sampling.image).guidance
+    def _canvas(self, drafts: Sequence[Draft]) -> tuple[Canvas, Bool[Tensor, "B L"], Int[Tensor, "B L"]]:
+        """Rows as a canvas, what is generated of it, and the rule of each position."""
+        canvas = Canvas.collate([draft.row for draft in drafts], self.joint.vocabulary.eos).to(self.model.device)
+        length = canvas.ids.shape[1]
+
+        def padded(arrays: list[np.ndarray]) -> Tensor:
+            return torch.from_numpy(np.stack([np.pad(one, (0, length - len(one))) for one in arrays])).to(
+                canvas.ids.device
+            )
+
+        return canvas, padded([draft.generate for draft in drafts]), padded([draft.rule for draft in drafts])
+
+    def _ruled(self, denoiser: BoundDenoiser, rule: Int[Tensor, "B L"]) -> Denoiser:
+        """A denoiser without what the gaps of a report must not hold."""
+        return Forbidding(denoiser, rule, self.reader.words.forbidden.to(rule.device)) if bool(rule.any()) else denoiser
+
+    def _phases(
+        self, canvas: Canvas, generate: Bool[Tensor, "B L"], sampling: Sampling
+    ) -> Iterator[tuple[Bool[Tensor, "B L"] | None, list[tuple[Plan, Bool[Tensor, "B L"]]]]]:
+        """What guidance's second branch does not see, and what is generated by which plan: one after the other."""
+        where = {role: canvas.has_role(role) for role in ("report", "image")}
+        plans = {"report": sampling.report, "image": sampling.image}
+        made = [role for role in where if bool((where[role] & generate).any())]
+        if sampling.order == "together" and len(made) > 1:
+            yield None, [(plans[role], where[role] & generate) for role in made]
+            return
+        for role in made if sampling.order == "report-first" else made[::-1]:
+            yield where["image" if role == "report" else "report"], [(plans[role], where[role] & generate)]
+
+    @torch.no_grad()
+    def _bounds(self, drafts: Sequence[Draft], stream: tuple[int, ...]) -> list[float]:
+        """Of each row, a bound of -log p(given part of the report | the rest, gaps unknown) in nats.
+
+        Estimated as `medim.diffusion.nelbo_tokens` says, but the gaps are masked at every noise level, which counts
+        them, as it does in training. The same given tokens are masked in every row (common random numbers).
+        """
+        canvas, generate, _ = self._canvas(drafts)
+        mask, report = self.joint.vocabulary.mask, canvas.has_role("report")
+        given, unknown = report & ~generate, (canvas.ids == mask).float()
+        denoiser = self.model.denoiser(canvas, report)
+        groups, n, gaps = (
+            groups_of(denoiser, given),
+            given.sum(1, keepdim=True),
+            (report & generate).sum(1, keepdim=True),
+        )
+        number = (given.cumsum(1) - 1).clamp(min=0)  # of a given token among those of its row
+        random = np.random.default_rng(np.random.SeedSequence(stream, spawn_key=(0,)))
+        total = torch.zeros(len(drafts), device=n.device)
+        for stratum in range(BOUND_TIMES):
+            u, noise = (
+                random.random(),
+                torch.from_numpy(random.random(self.joint.slot.longest, np.float32)).to(n.device),
+            )
+            count = torch.minimum(((stratum + u) / BOUND_TIMES * n).long() + 1, n)
+            masked = torch.where(given, noise[number], torch.inf).argsort(1).argsort(1) < count
+            level = torch.where(report, self.model.schedule.inverse(1 - (count + gaps) / (n + gaps)), unknown)
+            nll = token_nll(denoiser, torch.where(masked, mask, canvas.ids), level, canvas.ids, groups, mask_id=mask)
+            total += torch.where(masked, nll * n / count, 0.0).sum(1) / BOUND_TIMES
+        return total.tolist()
+
+    def _decode(
+        self, given: Given, ids: np.ndarray
+    ) -> tuple[PIL.Image.Image | None, tuple[tuple[str, bool], ...], np.ndarray]:
+        """Picture, report piece by piece, and codes of a filled row."""
+        segment, codes, picture = given.draft.row.segment, given.codes, given.picture
+        if given.regenerate.any():
+            codes = self.joint.grid(ids[segment == 0]).numpy()
+            picture = self.joint.picture(ids[segment == 0], given.request.domain)
+            if given.request.paste_back and given.picture is not None:
+                picture.paste(given.picture, mask=PIL.Image.fromarray(~given.pixels))
+        slot = given.draft.slot
+        parts = () if slot is None else self.reader.words.read(slot, ids[segment == 1].tolist())
+        return picture, parts, codes
 
     def _scorer(self, n_times: int, seed: int, batch_size: int, progress: Callable[[int], None] | None) -> Scorer:
         return Scorer(
@@ -359,6 +524,13 @@ class MeDiM:
         return self._scorer(n_times, seed, batch_size, None).rank(picture, reports, id, direction)
 
 
+def _batches(given: Iterator[Given], size: int) -> Iterator[list[Given]]:
+    """Runs of at most `size` requests of one shape."""
+    for _, run in itertools.groupby(given, key=lambda one: one.shape):
+        while batch := list(itertools.islice(run, size)):
+            yield batch
+
+
 def save_folder(
     folder: Path, model: MeDiMModel, slots: dict[str, dict[int, int]], *, joint: JointTokenizer, sampling: Sampling
 ) -> None:
@@ -409,14 +581,3 @@ def _read_json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text())
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error}); the folder is damaged") from error
-
-
-def _read_sampling(folder: Path) -> Sampling:
-    path = folder / "sampling.json"
-    if not path.is_file():
-        return Sampling()
-    data = _read_json(path)
-    try:
-        return Sampling(Plan(**data["report"]), Plan(**data["image"]), data["order"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: not sampling defaults ({error})") from error

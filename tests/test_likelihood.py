@@ -53,7 +53,8 @@ def test_neither_batch_nor_padding_nor_neighbours_change_a_score(model: MeDiM, w
     wanted = flat(score(studies, n_times=3, batch_size=1))
     assert flat(score(studies, n_times=3, batch_size=16)) == pytest.approx(wanted, rel=1e-4, abs=1e-3)
     assert flat(score(studies[::-1], n_times=3, batch_size=2)[::-1]) == pytest.approx(wanted, rel=1e-4, abs=1e-3)
-    assert flat(score(studies[1:2], n_times=3)) == pytest.approx(wanted[len(wanted) // 3 :][: len(wanted) // 3], rel=1e-4, abs=1e-3)  # fmt: skip
+    third = len(wanted) // 3
+    assert flat(score(studies[1:2], n_times=3)) == pytest.approx(wanted[third : 2 * third], rel=1e-4, abs=1e-3)
 
 
 def test_noise_is_the_ids_and_the_seeds(model: MeDiM) -> None:
@@ -88,7 +89,9 @@ def test_a_fit_is_a_difference_of_two_bounds(model: MeDiM) -> None:
     scorer._ask = lambda queries: asked_of.extend(t := ask(queries)) or t
     scorer.fit([asked], "report")
     alone, conditional = (float(terms.sum(1).mean()) / math.log(2) for terms in asked_of)
-    assert conditional == pytest.approx(given, rel=1e-5) and alone - conditional == pytest.approx(fits["report"], abs=1e-3)
+    assert conditional == pytest.approx(given, rel=1e-5) and alone - conditional == pytest.approx(
+        fits["report"], abs=1e-3
+    )
 
 
 def test_a_part_left_out_is_not_looked_at(model: MeDiM) -> None:
@@ -127,7 +130,9 @@ def test_the_error_of_strata_is_of_neighbours() -> None:
     mean, error = mean_and_error(torch.tensor([1.0, 3.0, 2.0]))
     assert mean == 2 and error == pytest.approx(math.sqrt((4 + 1) / (2 * 3 * 2)))
     assert math.isnan(mean_and_error(torch.tensor([1.0]))[1])
-    draws = torch.randn(4000, 8, generator=torch.Generator().manual_seed(0)) + 100  # no trend: that of independent draws
+    draws = (
+        torch.randn(4000, 8, generator=torch.Generator().manual_seed(0)) + 100
+    )  # no trend: that of independent draws
     errors = torch.tensor([mean_and_error(row)[1] for row in draws])
     assert float(errors.square().mean()) == pytest.approx(1 / 8, rel=0.05)
 
