@@ -1,7 +1,7 @@
 """Does a model find the true partner of an image, and of a report?
 
-    python benchmarks/ranking.py --model demo --studies 200        # X-rays of the split test; 2 cores: see docs/LOG.md
-    python benchmarks/ranking.py --model demo --studies 8 --n-times 2   # small
+    python -m benchmarks.ranking --model demo --studies 200        # X-rays of the split test; 2 cores: see docs/LOG.md
+    python -m benchmarks.ranking --model demo --studies 8 --n-times 2   # small
 
 Study i of the embedded data stands against study j, the next one whose set of findings is another. Report: does
 (image i, report i) fit better than (image i, report j)? Image: better than (image j, report i)? `medim.likelihood`
@@ -12,10 +12,7 @@ Prints a table, then one JSON object as its last line.
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import platform
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -23,13 +20,13 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
+from benchmarks.report import finish
 from medim import MeDiM, Study
 from medim.cli.common import pick_device, quiet
 from medim.data import embedded, phantom
-from medim.likelihood import DIRECTIONS
+from medim.likelihood import DIRECTIONS, REPORT_SHARE
 
 
 def contests(domain: str, count: int, split: str, seed: int) -> list[tuple[Study, Study]]:
@@ -55,7 +52,7 @@ def fits(model: MeDiM, pairs: Sequence[tuple[Study, Study]], args: argparse.Name
                 batch_size=args.batch_size, progress=bar.update,
             )  # fmt: skip
             bits[direction] = np.array([fit.bits for fit in found]).reshape(-1, 3)
-    return bits | {"both": (bits["report"] + bits["image"]) / 2}
+    return bits | {"both": REPORT_SHARE * bits["report"] + (1 - REPORT_SHARE) * bits["image"]}
 
 
 def figures(bits: dict[str, np.ndarray], differ: np.ndarray) -> dict[str, Any]:
@@ -117,26 +114,25 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"{hard} of {row['one_finding_contests']}"
             )
     true, *others = bits["both"].T
-    lost = [
-        {"id": mine.id, "against": other.id, "exchanged": what, "bits": float(true[i] - rival[i]), "differ": changed[i]}
-        for what, rival in zip(("report", "image"), others, strict=True)
-        for i, (mine, other) in enumerate(pairs)
-        if true[i] <= rival[i]
-    ]
-    for one in lost:
-        print(f"lost by both: {one['id']} against {one['exchanged']} of {one['against']}: {', '.join(one['differ'])}")
-    result = {
-        "benchmark": "ranking",
-        "ranking": table,
-        "lost": lost,
-        "mean_bits": {direction: values.mean(0).tolist() for direction, values in bits.items()},
-        "seconds": seconds,
-        **vars(args),
-        "device": f"{device}, {torch.get_num_threads()} threads",
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        "command": shlex.join(["python", "benchmarks/ranking.py", *(sys.argv[1:] if argv is None else argv)]),
-    }
-    print(json.dumps(result))
+    lost: list[dict[str, str | float | list[str]]] = []
+    for what, rival in zip(("report", "image"), others, strict=True):
+        for i in np.flatnonzero(true <= rival):
+            mine, other = pairs[i]
+            lost.append({"id": mine.id, "against": other.id, "exchanged": what, "differ": changed[i]})
+            print(f"lost by both: {mine.id} against {what} of {other.id}: {', '.join(changed[i])}")
+    finish(
+        "ranking",
+        {
+            "ranking": table,
+            "lost": lost,
+            "mean_bits": {direction: values.mean(0).tolist() for direction, values in bits.items()},
+            "seconds": seconds,
+            "options": {**vars(args), "device": device},
+        },
+        argv=sys.argv[1:] if argv is None else argv,
+        device=device,
+        seed=args.seed,
+    )
 
 
 if __name__ == "__main__":

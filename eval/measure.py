@@ -31,7 +31,6 @@ from medim.tokenization.image import prepare_image
 from medim.vocabulary import KINDS, MODALITIES
 
 STUDY_SEED = 0  # the split stays the same whatever seed the sampling has
-NLL_BATCH = 8  # fixed: the noise of a likelihood is drawn a batch at a time
 TEXT_METRICS: dict[Metric, Callable[[Sequence[str], Sequence[str]], dict[str, float]]] = {
     "bleu": text.bleu,
     "rouge_l": lambda made, real: {"rouge_l": statistics.fmean(text.rouge_l(made, real))},
@@ -242,11 +241,9 @@ def _open(path: Path) -> PIL.Image.Image:
 def likelihood(bench: Bench, domain: Domain) -> dict[str, Any]:
     """Bits per token of validation studies, report and image together: mean and standard error over studies."""
     studies = [embedded.DOMAINS[domain](STUDY_SEED, i, "validation") for i in range(bench.nll_studies)]
-    started, scores = time.perf_counter(), []
-    for first in range(0, len(studies), NLL_BATCH):
-        part, seed = studies[first : first + NLL_BATCH], bench.seed + first
-        scores += bench.model.nll(part, n_times=bench.protocol.likelihood.n_times, seed=seed, batch_size=NLL_BATCH)
-        bench.progress.refresh()
+    started = time.perf_counter()
+    n_times, refresh = bench.protocol.likelihood.n_times, lambda done: bench.progress.refresh()
+    scores = bench.model.nll(studies, n_times=n_times, seed=bench.seed, progress=refresh) if studies else []
     figures: dict[str, Any] = {"studies": len(studies), "seconds": time.perf_counter() - started}
     for kind in KINDS if scores else ():
         bits = [score.bits_per_token(kind) for score in scores]

@@ -37,6 +37,7 @@ from medim.vocabulary import KINDS, Kind
 Direction = Literal["both", "report", "image"]
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
 PAIR = ("report", "image")
+REPORT_SHARE = 2 / 3  # of the direction report in both: chosen on validation X-rays (docs/LOG.md); it varies less
 Progress = Callable[[int], None]
 
 
@@ -135,7 +136,7 @@ class Scorer:
         """Bound -log2 p(roles | the rest of the study) of each study; see `MeDiM.nll`."""
         if not roles or not set(roles) <= set(PAIR):
             raise ValueError(f"roles {tuple(roles)}: one or both of {PAIR}")
-        self._check(studies)
+        self.check(studies)
         results = []
         for first in range(0, len(studies), self.batch_size):
             part = studies[first : first + self.batch_size]
@@ -147,11 +148,11 @@ class Scorer:
             self.progress(len(part))
         return results
 
-    def fit(self, studies: Sequence[Study], direction: Direction = "both") -> list[Fit]:
+    def fit(self, studies: Sequence[Study], direction: str = "both") -> list[Fit]:
         """Bits of mutual information of each study's image and report; see `MeDiM.fit`."""
         return [_fit(s.id, levels) for s, levels in zip(studies, self._fits(studies, direction), strict=True)]
 
-    def rank(self, image: Image, reports: Sequence[str], name: str = "image", direction: Direction = "both") -> Ranking:
+    def rank(self, image: Image, reports: Sequence[str], name: str = "image", direction: str = "both") -> Ranking:
         """Which of several reports fits an image best; see `MeDiM.rank`."""
         if len(reports) < 2:
             raise UserError(f"study {name}: {len(reports)} report to rank: give at least 2")
@@ -164,7 +165,7 @@ class Scorer:
 
     # --------------------------------------------------------------------------------------------- how it is found
 
-    def _fits(self, studies: Sequence[Study], direction: Direction) -> list[Float[Tensor, "T"]]:
+    def _fits(self, studies: Sequence[Study], direction: str) -> list[Float[Tensor, "T"]]:
         """The fit of each study by noise level, in bits."""
         if direction not in DIRECTIONS:
             raise UserError(f"unknown direction {direction!r}: one of {', '.join(DIRECTIONS)}")
@@ -173,16 +174,17 @@ class Scorer:
                 f"{self.name}: trained without condition dropout: it cannot tell how likely a report is without its "
                 "image; train with objective.condition_dropout above 0"
             )
-        self._check(studies)
+        self.check(studies)
         codes: dict[tuple[int, str], list[int]] = {}  # by picture, so that K reports encode it once
         asked, results = PAIR if direction == "both" else (direction,), []
+        weights = torch.tensor([REPORT_SHARE, 1 - REPORT_SHARE] if direction == "both" else [1.0])
         size = max(1, self.batch_size // (2 * len(asked)))
         for first in range(0, len(studies), size):
             part = studies[first : first + size]
             queries = [query for study in part for query in self._four(study, asked, codes)]
             bits = [terms.sum(1) / math.log(2) for terms in self._ask(queries)]
             alone, given = torch.stack(bits).view(len(part), len(asked), 2, -1).unbind(2)
-            results += list((alone - given).mean(1))
+            results += list(((alone - given) * weights.unsqueeze(1)).sum(1))
             self.progress(len(part))
         return results
 
@@ -230,7 +232,7 @@ class Scorer:
         """The seed of a study's noise: a function of its id alone, so that a score does not depend on a listing."""
         return int.from_bytes(hashlib.sha256(f"{self.seed} {name}".encode()).digest()[:8], "big") >> 1
 
-    def _check(self, studies: Sequence[Study]) -> None:
+    def check(self, studies: Sequence[Study]) -> None:
         """Before any work: what cannot be scored.
 
         Raises:

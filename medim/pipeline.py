@@ -25,7 +25,7 @@ from medim.data.studies import Image, Study
 from medim.diffusion import Denoiser, groups_of, token_nll
 from medim.errors import UserError
 from medim.given import TASKS, Draft, Given, Reader, Request, Task
-from medim.likelihood import NLL, Direction, Fit, Ranking, Scorer
+from medim.likelihood import NLL, Fit, Ranking, Scorer
 from medim.model.denoiser import BoundDenoiser
 from medim.model.medim import MeDiMModel
 from medim.sampling import REVEALS, Cost, Plan, halton_order, sample
@@ -451,6 +451,10 @@ class MeDiM:
             n_times=n_times, seed=seed, batch_size=batch_size, progress=progress,
         )  # fmt: skip
 
+    def check(self, studies: Sequence[Study]) -> None:
+        """Raise what `nll`, `fit` and `rank` would raise of these studies, without scoring them."""
+        self._scorer(1, 0, 1, None).check(studies)
+
     def nll(
         self,
         studies: Sequence[Study],
@@ -480,7 +484,7 @@ class MeDiM:
         self,
         studies: Sequence[Study],
         *,
-        direction: Direction = "both",
+        direction: str = "both",
         n_times: int = 8,
         seed: int = 0,
         batch_size: int = 16,
@@ -491,8 +495,8 @@ class MeDiM:
         Studies with the same id share their noise, so that their fits may be compared.
 
         Args:
-            direction: ``report`` is log2 p(report|image) - log2 p(report), ``image`` the other way round, ``both`` the
-                mean of the two.
+            direction: ``report`` is log2 p(report|image) - log2 p(report), ``image`` the other way round, ``both`` a
+                mean of the two (`medim.likelihood.REPORT_SHARE`).
 
         Raises:
             UserError: as `nll`; a model that was trained without condition dropout.
@@ -506,7 +510,7 @@ class MeDiM:
         *,
         domain: str | None = None,
         id: str = "image",
-        direction: Direction = "both",
+        direction: str = "both",
         n_times: int = 8,
         seed: int = 0,
         batch_size: int = 16,

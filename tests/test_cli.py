@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import PIL.Image
 import pytest
@@ -158,6 +160,81 @@ def test_prepare_and_score(tiny_model: Path, tmp_path: Path, capsys: pytest.Capt
     assert len(rows) == 2 and all(row["image_bits"] > 0 and row["text_bits"] > 0 for row in rows)
     assert cli.main(["prepare", "demo", "--studies", "0", "--out", str(tmp_path / "e")]) == 2
     assert cli.main(["scoer"]) == 2
+
+
+@pytest.fixture(scope="module")
+def scored_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model, said to know what a missing condition is, in a folder with two pictures."""
+    folder = tmp_path_factory.mktemp("scored")
+    shutil.copytree(tiny_model, folder / "m")
+    config = json.loads((folder / "m" / "config.json").read_text())
+    (folder / "m" / "config.json").write_text(json.dumps(config | {"condition_dropout": 0.1}))
+    for k in range(2):
+        PIL.Image.new("L", (96, 96), 100 * k).save(folder / f"{k}.png")
+    return folder
+
+
+def scored(folder: Path, lines: list[dict[str, Any]], *more: str) -> int:
+    (folder / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return cli.main(["score", str(folder / "m"), "--input", str(folder / "in.jsonl"), "--n-times", "2", *more])
+
+
+def test_score_of_pairs(scored_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pairs = [{"id": f"p{k}", "image": f"{k}.png", "report": "No effusion."} for k in range(2)]
+    outputs = []
+    for more in ([], ["--given", "image"], ["--given", "report"], ["--fit", "none"]):
+        assert scored(scored_model, pairs, *more) == 0
+        outputs.append([json.loads(line) for line in capsys.readouterr().out.splitlines()])
+    joint, report, image, plain = outputs
+    assert [row["id"] for row in joint] == ["p0", "p1"]
+    assert {"bits", "text_bits", "image_bits_per_token", "fit_bits", "fit_standard_error"} <= set(joint[0])
+    assert set(joint[0]) - set(plain[0]) == {"fit_bits", "fit_standard_error"}
+    assert (
+        report[0]["given"] == "image" and "text_bits" in report[0] and not {"image_bits", "fit_bits"} & set(report[0])
+    )
+    assert image[0]["given"] == "report" and "image_bits" in image[0] and "text_bits" not in image[0]
+
+
+def test_score_ranks(scored_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    reports = ["No effusion.", "Large left pneumothorax.", "The lungs are clear."]
+    assert scored(scored_model, [{"id": "a", "image": "1.png", "reports": reports}], "--task", "rank") == 0
+    (row,) = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert len(row["fit_bits"]) == len(row["fit_standard_error"]) == 3
+    assert row["best"] == row["fit_bits"].index(max(row["fit_bits"])) and row["best_report"] == reports[row["best"]]
+    assert row["margin_bits"] > 0 and row["margin_standard_error"] > 0
+    assert scored(scored_model, [{"image": "1.png", "reports": reports}], "--task", "rank", "--n-times", "1") == 0
+    assert json.loads(capsys.readouterr().out)["fit_standard_error"] == [None] * 3
+
+
+GOOD = {"image": "0.png", "report": "No effusion."}
+TWO = ["No effusion.", "Lungs are clear."]
+SCORE_MISTAKES: dict[str, tuple[list[dict[str, Any]], list[str], str]] = {
+    "empty listing": ([], [], "in.jsonl: holds no studies"),
+    "no image": ([GOOD, {"report": "x"}], [], "study 00001: needs an image"),
+    "empty report": ([GOOD | {"report": " "}], [], "study 00000: needs a report"),
+    "no such file": ([GOOD | {"id": "q", "image": "gone.png"}], [], "study q: image gone.png: no such file"),
+    "domain": ([GOOD | {"domain": "ct"}], [], "study 00000: unknown domain 'ct'"),
+    "long report": ([GOOD | {"report": "No effusion. " * 40}], [], "takes 47: shorten it"),
+    "levels": ([GOOD], ["--n-times", "0"], "n_times 0: give at least 1"),
+    "one report": ([{"image": "0.png", "reports": TWO[:1]}], ["--task", "rank"], "1 reports to rank: give at least 2"),
+    "no reports": ([GOOD], ["--task", "rank"], "needs reports, a list of texts"),
+    "empty among": (
+        [{"image": "0.png", "reports": [*TWO, ""]}],
+        ["--task", "rank"],
+        "study 00000: the report is empty",
+    ),
+    "rank given": ([GOOD], ["--task", "rank", "--given", "image"], "takes no --given"),
+}
+
+
+@pytest.mark.parametrize(("lines", "more", "words"), SCORE_MISTAKES.values(), ids=list(SCORE_MISTAKES))
+def test_score_mistakes_are_one_line(
+    scored_model: Path, capsys: pytest.CaptureFixture[str], lines: list[dict[str, Any]], more: list[str], words: str
+) -> None:
+    assert scored(scored_model, lines, *more) == 2
+    out, err = capsys.readouterr()
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert not out and len(errors) == 1 and words in errors[0] and "Traceback" not in err
 
 
 @pytest.mark.parametrize("script", ["train.py", "sample.py"])

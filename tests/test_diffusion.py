@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from medim.diffusion import Group, Schedule, corrupt, loss_weight, nelbo, nelbo_tokens, predict, token_nll
+from medim.diffusion import Group, Schedule, corrupt, loss_weight, mask_orders, nelbo, nelbo_tokens, predict, token_nll
 
 SCHEDULES = [
     Schedule("linear"),
@@ -199,6 +199,96 @@ def test_noise_levels_of_a_bound_are_stratified_and_shared(toy: Callable[..., An
         masked = (ids == 4).sum(1)
         torch.testing.assert_close(t[:, 0], masked / 3)  # told the level at which that share is masked
         assert int(3 * stratum / 4) + 1 <= int(masked.min()) and int(masked.max()) <= -(-3 * (stratum + 1) // 4)
+
+
+def trained_on_six_positions() -> tuple[torch.nn.Module, torch.Tensor]:
+    """A network of ids and noise level on six positions of four values, trained for a second or two, and its data."""
+    torch.manual_seed(0)
+    data = torch.randint(4, (64, 1)) + torch.tensor([0, 1, 0, 2, 3, 0])
+    data = torch.where(torch.rand(data.shape) < 0.3, torch.randint(4, data.shape), data % 4)
+
+    class Network(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = torch.nn.Sequential(torch.nn.Linear(6 * 5 + 1, 64), torch.nn.GELU(), torch.nn.Linear(64, 24))
+
+        def forward(self, ids: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            seen = torch.nn.functional.one_hot(ids, 5).flatten(1).float()
+            return self.body(torch.cat([seen, t.mean(1, keepdim=True)], 1)).view(-1, 6, 4)
+
+    network = Network()
+    optimizer = torch.optim.Adam(network.parameters(), 3e-3)
+    for _ in range(300):
+        t = torch.rand(len(data), 1).expand(-1, 6)
+        ids, masked = corrupt(data, t, torch.ones_like(data, dtype=torch.bool), mask_id=4, noise=torch.rand(data.shape))
+        loss = torch.nn.functional.cross_entropy(network(ids, t)[masked], data[masked])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return network, data[:4]
+
+
+def every_pattern(network: torch.nn.Module, x0: torch.Tensor) -> torch.Tensor:
+    """LLaDA eq. 6 without drawing: sum over l = 1..L of 1/l times the mean over masks of l positions of their NLL."""
+    length = x0.shape[1]
+    total = torch.zeros(len(x0))
+    for pattern in range(1, 2**length):
+        masked = torch.tensor([bool(pattern >> i & 1) for i in range(length)])
+        count = int(masked.sum())
+        with torch.no_grad():
+            logits = network(torch.where(masked, 4, x0), torch.full(x0.shape, count / length))
+        nll = -logits.log_softmax(-1).gather(2, x0.unsqueeze(2)).squeeze(2)
+        total += nll[:, masked].sum(1) / count / math.comb(length, count)
+    return total
+
+
+def test_nelbo_of_a_trained_network_is_the_average_over_all_masks() -> None:
+    """Unbiased, whether or not the levels divide the counts, and of less variance than masks drawn independently."""
+    network, x0 = trained_on_six_positions()
+    truth, repeats, variance = every_pattern(network, x0), 40_000, {}
+    rows = x0.repeat_interleave(repeats, 0)
+    everywhere = torch.ones_like(rows, dtype=torch.bool)
+    for n_times in (1, 4, 6, 9):
+        found = nelbo(network, rows, everywhere, mask_id=4, n_times=n_times, generator=seeded(77 + n_times))
+        found = found.view(4, -1).double()
+        error = found.std(1) / math.sqrt(repeats)
+        assert float(((found.mean(1) - truth) / error).abs().max()) < 3
+        assert float((error / truth).max()) < 0.006
+        variance[n_times] = found.var(1)
+    # n_times = 1 is a level and a mask drawn afresh; the mean of six of those has a sixth of its variance
+    ratio = variance[6] / (variance[1] / 6)
+    assert float(ratio.mean()) < 0.5 and float(ratio.max()) < 1.05  # measured: 0.01, 0.30, 0.33 and 0.96
+
+
+def test_masks_take_turns_and_a_rows_noise_is_its_own() -> None:
+    generate = torch.ones(2, 7, dtype=torch.bool)
+    generate[1, [0, 3, 4, 6]] = False
+    counts, order = mask_orders(generate, 6, [seeded(1), seeded(2)])
+    assert sorted(counts[:, 1].tolist()) == [1, 1, 2, 2, 3, 3]
+    masked = order < counts.unsqueeze(2)
+    assert torch.equal(masked.sum(2), counts) and not bool((masked & ~generate).any())
+    covered = masked.sum(0)
+    assert int(covered[0].max() - covered[0].min()) <= 1  # as even as it can be
+    assert covered[1][generate[1]].tolist() == [4, 4, 4]
+    alone = mask_orders(torch.cat([generate[1:], torch.zeros(1, 3, dtype=torch.bool)], 1), 6, seeded(2))
+    assert torch.equal(alone[0][:, 0], counts[:, 1])
+    assert torch.equal((alone[1] < alone[0].unsqueeze(2))[:, 0, :7], masked[:, 1])
+    with pytest.raises(ValueError, match="1 generators for 2 rows"):
+        mask_orders(generate, 2, [seeded()])
+
+
+def test_levels_at_once_change_nothing_and_unknown_positions_are_told_so(toy: Callable[..., Any]) -> None:
+    it = toy(length=4)
+    x0 = it.states[:5].clone()
+    x0[:, 3] = 4  # [MASK] outside what is generated: unknown
+    generate = torch.tensor([True, True, True, False]).expand(5, -1)
+    runs = [
+        nelbo_tokens(it, x0, generate, mask_id=4, n_times=5, generator=seeded(), at_once=size) for size in (1, 2, 5)
+    ]
+    torch.testing.assert_close(runs[1], runs[0])
+    torch.testing.assert_close(runs[2], runs[0])
+    assert [len(ids) for ids, _ in it.seen] == [5] * 5 + [10, 10, 5] + [25]
+    assert all(bool((t[:, 3] == 1).all()) and bool((ids[:, 3] == 4).all()) for ids, t in it.seen)
 
 
 @both_masks
