@@ -30,8 +30,8 @@ from eval.measure import READERS
 from medim.canvas import Canvas, Segment, layout
 from medim.data import embedded
 from medim.metrics import coherence
-from medim.pipeline import MeDiM, Request, Sample, Sampling
-from medim.sampling import Plan, sample
+from medim.pipeline import MeDiM, Request, Sample
+from medim.sampling import Plan, Sampling, sample
 
 BASELINE = Plan("confidence", steps=128, schedule="cosine")
 CODES, TEXT = 256, 64

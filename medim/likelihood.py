@@ -206,7 +206,8 @@ class Scorer:
 
     def _ask(self, queries: Sequence[Query]) -> list[Float[Tensor, "T L"]]:
         """Nats of each query by noise level and position; equal queries are answered once."""
-        distinct = list({query.key: query for query in queries}.values())
+        # alike beside alike: what is given is computed once, and the rows of a pass are padded to its fullest
+        distinct = sorted({query.key: query for query in queries}.values(), key=lambda query: int(query.scored.sum()))
         answers: dict[tuple[bytes, bytes, int], Tensor] = {}
         for first in range(0, len(distinct), self.batch_size):
             part = distinct[first : first + self.batch_size]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -16,7 +17,8 @@ from medim.diffusion import Schedule
 from medim.errors import UserError
 from medim.model.medim import MeDiMModel, ModelOptions
 from medim.objective import ObjectiveOptions
-from medim.pipeline import MeDiM, Sampling, save_folder
+from medim.pipeline import MeDiM, save_folder
+from medim.sampling import Sampling
 from medim.tokenization.image import VQTokenizer
 from medim.tokenization.joint import JointTokenizer, SlotOptions
 from medim.tokenization.text import TextTokenizer
@@ -81,8 +83,14 @@ def make_task(config: TrainConfig) -> DiffusionTask:
     wanted = Schedule(config.objective.schedule, config.objective.schedule_power)
     if model.schedule != wanted:
         raise UserError(f"objective.schedule: {wanted} is asked for, {config.init} was trained with {model.schedule}")
-    model.config.condition_dropout = config.objective.condition_dropout
-    model.config.condition_attention = config.objective.condition_attention
+    attention = config.objective.condition_attention
+    if config.init and model.config.condition_attention != attention:
+        print(
+            f"note: {config.init} was trained with condition_attention: {model.config.condition_attention}, "
+            f"this run goes on with {attention} (objective.condition_attention)",
+            file=sys.stderr,
+        )
+    model.config.condition_dropout, model.config.condition_attention = config.objective.condition_dropout, attention
     folder = Path(config.data.path)
     if config.data.studies:
         data = prepare.prepare(

@@ -178,7 +178,8 @@ def tiny_model(tiny_joint: Any, tmp_path_factory: pytest.TempPathFactory) -> Pat
     """A saved model folder with random weights, for X-rays and pathology."""
     from medim.model.backbone import BackboneOptions
     from medim.model.medim import MeDiMModel, ModelOptions
-    from medim.pipeline import MeDiM, Sampling
+    from medim.pipeline import MeDiM
+    from medim.sampling import Sampling
 
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}

@@ -23,8 +23,8 @@ from medim.data import embedded, phantom
 from medim.data.studies import Image
 from medim.errors import UserError
 from medim.given import Request, kept_words, touched
-from medim.pipeline import BOUND_TIMES, MeDiM, Sampling
-from medim.sampling import Plan
+from medim.pipeline import BOUND_TIMES, MeDiM
+from medim.sampling import Plan, Sampling
 from medim.template import ADJOINING, AFTER_SPACE, CANDIDATES, FREE, INSIDE, NEW_WORD, Forbidding, Gap, Template, Words
 from medim.tokenization.image import prepare_image
 from medim.tokenization.text import TextTokenizer

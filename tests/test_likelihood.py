@@ -170,3 +170,19 @@ def test_what_cannot_be_asked(model: MeDiM) -> None:
     model.model.config.condition_dropout = 0.0
     with pytest.raises(UserError, match="trained without condition dropout: it cannot tell"):
         model.fit([study()])
+
+
+def test_what_is_given_may_be_kept(model: MeDiM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under condition_attention: prefix the kept keys and values change no score."""
+    monkeypatch.setattr(model.model.config, "condition_attention", "prefix")
+    asked = [study("a", LONG, 1), study("b", "Clear lungs.", 2)]
+    kept = [one.bits for one in model.fit(asked, n_times=3)], [one.total for one in model.nll(asked, n_times=3)]
+    whole, keeping = type(model.model).denoiser, []
+
+    def every(network: Any, canvas: Any, generate: Any, **options: Any) -> Any:
+        keeping.append(1)
+        return whole(network, canvas, generate, cache=False)
+
+    monkeypatch.setattr(type(model.model), "denoiser", every)
+    again = [one.bits for one in model.fit(asked, n_times=3)], [one.total for one in model.nll(asked, n_times=3)]
+    assert keeping and kept[0] == pytest.approx(again[0], abs=1e-3) and kept[1] == pytest.approx(again[1], rel=1e-5)

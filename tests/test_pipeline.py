@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from medim.data import embedded
 from medim.data.studies import Image
 from medim.errors import UserError
-from medim.pipeline import NLL, MeDiM, Request, Sample, Sampling, resolve
-from medim.sampling import Plan
+from medim.pipeline import NLL, MeDiM, Request, Sample, resolve
+from medim.sampling import Plan, Sampling
 
 REPORT = "The heart is normal in size. No pleural effusion."
 GUIDED = Sampling(

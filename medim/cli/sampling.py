@@ -51,7 +51,8 @@ def sample(argv: Sequence[str]) -> int:
 
     from medim.gallery import Gallery, refuse_used
     from medim.given import TASKS
-    from medim.pipeline import MeDiM, Sampling
+    from medim.pipeline import MeDiM
+    from medim.sampling import Sampling
 
     if args.task not in TASKS:
         raise UserError(f"--task {args.task}: unknown task; one of {', '.join(TASKS)}")

@@ -5,16 +5,15 @@ Shape letters: B batch, L canvas length, N rows of a group, C columns of a group
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from medim.diffusion import Generators
 from medim.sampling.plans import Plan
 
-Generators = torch.Generator | Sequence[torch.Generator]
 CHUNK = 2**24  # entries whose float64 sums are in memory at a time: 128 MiB
 
 

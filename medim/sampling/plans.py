@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, get_args
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
+from omegaconf import OmegaConf
 from torch import Tensor
+from yaml import YAMLError
 
 from medim.diffusion import ScheduleName
+from medim.errors import UserError
 
 PlanName = Literal["ancestral", "confidence", "halton", "entropy", "threshold"]
 GuidanceSchedule = Literal["constant", "linear"]
 Remask = Literal["cap", "rescale"]
+Order = Literal["report-first", "image-first", "together"]
 
 
 @dataclass(frozen=True)
@@ -139,3 +145,76 @@ class Plan:
 def _known(what: str, name: str, names: tuple[str, ...]) -> None:
     if name not in names:
         raise ValueError(f"unknown {what} {name!r}: one of {', '.join(names)}")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How each segment is generated, and in which order a pair is; saved beside a model as `sampling.json`.
+
+    Attributes:
+        order: ``together`` walks both segments in the same forward passes, each by its own plan, without guidance.
+        refresh: with ``condition_attention: full``, what is given is computed in every so many-th pass only: faster, an
+            approximation whose drift is told. 1 is exact. With ``prefix`` it is computed once anyway, exactly.
+    """
+
+    report: Plan = Plan("ancestral", steps=16)
+    image: Plan = Plan("confidence", steps=16, schedule="cosine")
+    order: Order = "report-first"
+    refresh: int = 1
+
+    def __post_init__(self) -> None:
+        if self.order not in get_args(Order):
+            raise ValueError(f"unknown order {self.order!r}: one of {', '.join(get_args(Order))}")
+        if self.refresh < 1:
+            raise ValueError(f"refresh={self.refresh}: at least 1, which is exact")
+
+    @classmethod
+    def read(cls, path: str | Path) -> Sampling:
+        """Plans from a YAML or JSON file such as those in configs/sample/; what it leaves out is the default.
+
+        Raises:
+            UserError: no such file, an unknown key, a value that no plan takes.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise UserError(f"{path}: no such file of sampling plans; configs/sample/ has some")
+        try:
+            data: Any = OmegaConf.to_container(OmegaConf.load(path)) or {}
+            made = {role: Plan(**data[role]) for role in ("report", "image") if role in data}
+            return cls(**{**data, **made})
+        except (TypeError, ValueError, YAMLError) as error:
+            raise UserError(f"{path}: not sampling plans ({' '.join(str(error).split())})") from error
+
+    def override(
+        self,
+        plan: str | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        temperature: float | None = None,
+        order: Order | None = None,
+        refresh: int | None = None,
+    ) -> Sampling:
+        """The same with what a user asked for; what belongs to a plan, in both plans.
+
+        Raises:
+            UserError: a plan does not take it.
+        """
+        if plan is not None and plan not in get_args(PlanName):
+            raise UserError(f"unknown plan {plan!r}: one of {', '.join(get_args(PlanName))}")
+        asked = {"name": plan, "steps": steps, "guidance": guidance, "temperature": temperature}
+        changes: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
+        try:
+            report, image = replace(self.report, **changes), replace(self.image, **changes)
+            return Sampling(report, image, order or self.order, self.refresh if refresh is None else refresh)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+    def without_guidance(self) -> Sampling:
+        """The same for a model that was not trained for guidance."""
+        return replace(self, report=replace(self.report, guidance=0.0), image=replace(self.image, guidance=0.0))
+
+    def describe(self, roles: Sequence[str]) -> str:
+        """One line that says which plans made these segments, as the manifest has it."""
+        plans = {"report": self.report, "image": self.image}
+        parts = [f"{role}:{plans[role].name}/{plans[role].steps}" for role in ("report", "image") if role in roles]
+        return " ".join([self.order, *parts] if len(parts) > 1 else parts)
