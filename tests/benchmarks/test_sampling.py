@@ -19,7 +19,7 @@ def test_the_last_line_is_the_report(tiny_model: Path, capsys: pytest.CaptureFix
     assert figures["batch"]["same_samples"] == figures["batch"]["samples"] == 8
     for name in ("batch 1", "batch 8"):
         row = figures["cache"][name]
-        assert row["same_reports"] and row["times_faster"] == row["seconds_uncached"] / row["seconds_cached"]
+        assert row["same_reports"] and row["times_faster"] == row["seconds"]["uncached"] / row["seconds"]["cached"]
     ways = figures["plans"]["ways"]
     assert len(ways) == 3 and all(0 <= way["coherence"] <= 1 for way in ways.values())
     passes = {name: way["forward_passes"] for name, way in ways.items()}
