@@ -32,7 +32,7 @@ from medim.tokenization.joint import JointTokenizer
 
 ASSETS = Path(__file__).parent / "assets"
 SHIPPED = ("demo",)
-BOUND_TIMES = 8  # forward passes that compare fillings of different lengths
+BOUND_TIMES = 32  # forward passes that compare fillings of different lengths
 
 
 @dataclass(frozen=True)
