@@ -499,13 +499,13 @@ def test_a_model_without_condition_dropout_has_no_guidance(tiny_model: Path, tmp
 def test_the_demo_finds_the_length_of_a_gap() -> None:
     """Cases of one answer or two: a clear chest, and words that its reports always have there."""
     demo, image = MeDiM.from_pretrained("demo"), phantom.study(0, 33, "test").images[0].pixels
-    likeliest = demo.sampling.override(temperature=0.0)
+    plan = Plan("confidence", steps=None, temperature=0.0, choice_temperature=0.0)
     for report, answers in (
         ("Heart size is [...1-6]. The lungs are clear. No effusion or pneumothorax.", {"normal"}),
         ("The heart is [...1-6] in size. The lungs are clear. No effusion or pneumothorax.", {"normal"}),
         ("Heart size is normal. Lungs are [...1-6] effusion or pneumothorax.", {"clear. No", "clear. No pleural"}),
     ):
-        made = demo.sample("infill", image=image, report=report, seed=1, n=2, sampling=likeliest)
+        made = demo.sample("infill", image=image, report=report, seed=1, n=2, sampling=Sampling(plan, plan))
         assert {one.parts[1][0] for one in made} <= answers
 
 
