@@ -7,6 +7,8 @@ from pathlib import Path
 
 import PIL.Image
 
+from medim.pictures import Pixels
+
 
 @dataclass(frozen=True)
 class Image:
@@ -14,13 +16,13 @@ class Image:
 
     Attributes:
         modality: a name of `medim.vocabulary.MODALITIES` such as ``"xray"`` or ``"pathology"``.
-        pixels: a PIL image, or the path of a file that PIL opens.
+        pixels: a PIL image, the path of an image file, or `medim.pictures.Pixels` that are read when they are needed.
         view: projection, sequence or plane as the source names it (``"AP"``, ``"t2"``), empty when unknown.
         spacing: millimetres per pixel (rows, columns), or None when the source does not say.
     """
 
     modality: str
-    pixels: PIL.Image.Image | Path
+    pixels: PIL.Image.Image | Path | Pixels
     view: str = ""
     spacing: tuple[float, float] | None = None
 
@@ -36,3 +38,12 @@ class Study:
     prompt: str = ""
     split: str = "train"
     source: str = ""
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """What a reader could not make a study of: `id` or file, relative to the root, and why, in one line."""
+
+    id: str
+    file: str
+    reason: str
