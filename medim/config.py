@@ -40,8 +40,10 @@ def options(cls: type[T]) -> type[T]:
     return checked
 
 
-def load(path: str | Path, overrides: Sequence[str], schema: type[T]) -> T:
+def load(path: str | Path | None, overrides: Sequence[str], schema: type[T]) -> T:
     """Read `path` over its ``base:`` files, apply ``a.b=c`` overrides (last wins), check against `schema`.
+
+    A `path` of None is an empty file.
 
     ``base:`` names another YAML, relative to the file that says so. Mappings merge, all else is replaced. A
     number in an override's key indexes a list: ``tasks.0.weight=2``.
@@ -50,7 +52,7 @@ def load(path: str | Path, overrides: Sequence[str], schema: type[T]) -> T:
         UserError: a missing or broken file, an override without ``=``; unknown keys, missing keys and wrong
             types, all of them at once, a line each.
     """
-    layers = _read(Path(path), ())
+    layers = [("command line", OmegaConf.create({}))] if path is None else _read(Path(path), ())
     config = OmegaConf.merge(*(tree for _, tree in layers))
     assert isinstance(config, DictConfig)
     overridden = [_override(config, override) for override in overrides]

@@ -12,6 +12,7 @@ from pydantic import Field
 
 from medim.config import options
 from medim.data import embedded, prepare
+from medim.data.order import Order, shares
 from medim.data.phantom import Outlines
 from medim.diffusion import Schedule
 from medim.errors import UserError
@@ -23,21 +24,27 @@ from medim.tokenization.image import VQTokenizer
 from medim.tokenization.joint import JointTokenizer, SlotOptions
 from medim.tokenization.text import TextTokenizer
 from medim.training.loop import TrainOptions
-from medim.training.task import DiffusionTask
+from medim.training.task import DiffusionTask, Rows
 
 
 @options
 class DataOptions:
-    """A prepared dataset; the embedded one is made on first use.
+    """Prepared datasets; the embedded one is made on first use.
 
     Attributes:
-        path: folder of `medim prepare`.
+        path: folder of `medim prepare`, or several: a mixture.
+        weights: of the datasets of a mixture; none: by their sizes and `temperature`.
+        temperature: 1 draws every study equally often, a higher one small datasets more often.
+        images: images of a study on one canvas, at most; of more, others in each epoch.
         studies: when `path` is missing, so many embedded studies are encoded there; 0 says that it must exist.
         pack: positions of a row that several studies share without seeing each other; 0 pads one study a row.
         lungs: outlines of the embedded X-rays; `real` ones come with an installed torchxrayvision.
     """
 
-    path: str
+    path: str | tuple[str, ...]
+    weights: tuple[float, ...] = ()
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    images: Annotated[int, Field(ge=1)] = 1
     studies: int = 0
     lungs: Outlines = "ellipse"
     pack: Annotated[int, Field(ge=0)] = 0
@@ -91,17 +98,28 @@ def make_task(config: TrainConfig) -> DiffusionTask:
             file=sys.stderr,
         )
     model.config.condition_dropout, model.config.condition_attention = config.objective.condition_dropout, attention
-    folder = Path(config.data.path)
-    if config.data.studies:
-        data = prepare.prepare(
-            lambda start: embedded.studies(config.data.studies, "train", config.seed, config.data.lungs, start),
-            joint.image,
-            folder,
-            total=config.data.studies,
-        )
-    else:
-        data = prepare.load(folder, joint.image)
     write = partial(save_folder, joint=joint, sampling=sampling)
+    folders = [config.data.path] if isinstance(config.data.path, str) else config.data.path
+    if config.data.studies:
+        _embed(config, joint, Path(folders[0]))
+    data = [prepare.load(folder, joint.image, split="train") for folder in folders]
+    sizes = [len(one) for one in data]
+    order = Order(config.seed, tuple(sizes), shares(sizes, config.data.temperature, config.data.weights))
+    fits = all(prepare.read_index(folder)["text_tokenizer"] == prepare.text_hash(joint.text) for folder in folders)
+    rows = Rows(joint, data, config.data.images, fits)
     return DiffusionTask(
-        model, joint, data, config.objective, config.train.batch_size, config.seed, write, config.data.pack
+        model, rows, order, config.objective, config.train.batch_size, config.seed, write, config.data.pack
+    )
+
+
+def _embed(config: TrainConfig, joint: JointTokenizer, folder: Path) -> None:
+    """Prepare so many embedded studies in `folder`, or check that they are there."""
+    choice = {"studies": config.data.studies, "split": "train", "seed": config.seed, "lungs": config.data.lungs}
+    prepare.prepare(
+        lambda: embedded.studies(config.data.studies, "train", config.seed, config.data.lungs),
+        prepare.Encoding(joint.image, joint.text),
+        folder,
+        source="demo",
+        options={"source": choice},
+        total=config.data.studies,
     )

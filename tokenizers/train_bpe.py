@@ -49,7 +49,7 @@ def main() -> None:
     else:
         from medim.data import embedded
 
-        texts = (study.report for study in embedded.studies(args.reports))
+        texts = (make().report for make in embedded.studies(args.reports))
     tokenizer = train(texts, args.vocab_size)
     tokenizer.save_pretrained(str(args.out))
     source = str(args.text) if args.text else f"{args.reports} embedded training reports"

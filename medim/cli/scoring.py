@@ -140,7 +140,7 @@ def _studies(model: MeDiM, args: argparse.Namespace) -> list[Study]:
     from medim.data.studies import Study
 
     if args.demo is not None:
-        return list(embedded.studies(args.demo, "validation"))
+        return [make() for make in embedded.studies(args.demo, "validation")]
     studies = []
     for name, image, line in _entries(model, args.input):
         if not isinstance(line.get("report"), str) or not line["report"].strip():

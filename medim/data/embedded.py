@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 from medim.data import pathology, phantom
 from medim.data.studies import Study
@@ -25,7 +26,7 @@ def study(seed: int, index: int, split: str = "train", lungs: phantom.Outlines =
 
 
 def studies(
-    count: int, split: str = "train", seed: int = 0, lungs: phantom.Outlines = "ellipse", start: int = 0
-) -> Iterator[Study]:
-    """The first `count` studies of the mixture, from number `start` on."""
-    return (study(seed, index, split, lungs) for index in range(start, count))
+    count: int, split: str = "train", seed: int = 0, lungs: phantom.Outlines = "ellipse"
+) -> Iterator[Callable[[], Study]]:
+    """The first `count` studies of the mixture; each is made when it is called."""
+    return (partial(study, seed, index, split, lungs) for index in range(count))

@@ -44,9 +44,12 @@ class JointTokenizer:
         """Join two tokenizers in a new vocabulary, after the `rows` rows of a backbone."""
         return cls(text, image, Vocabulary.build(text.size, text.eos, image.codebook_size, rows), slot)
 
-    def report_ids(self, report: str, length: int | None = None) -> list[int]:
-        """Ids of a report in its slot, `length` positions or as few as its multiple allows; cut if it is too long."""
-        ids = self.text.encode(report)
+    def report_ids(self, report: str, length: int | None = None, ids: list[int] | None = None) -> list[int]:
+        """Ids of a report in its slot, `length` positions or as few as its multiple allows; cut if it is too long.
+
+        `ids`, if given, are those of the report, encoded before.
+        """
+        ids = self.text.encode(report) if ids is None else ids
         if length is None:
             wanted = -(-(len(ids) + 1) // self.slot.multiple) * self.slot.multiple
             length = min(wanted, self.slot.longest)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
 from torch import nn
 
 from medim.canvas import Canvas, Row, Segment, layout
-from medim.data.order import global_batch, share
+from medim.data.order import Order, share
 from medim.model.medim import MeDiMModel
 from medim.objective import Batch, Loss, ObjectiveOptions, count, loss, make_batch
 from medim.tokenization.joint import JointTokenizer
@@ -21,14 +22,56 @@ Slots = dict[str, dict[int, int]]
 SLOT_SAMPLE = 5000  # studies that the histogram is taken from
 
 
+class Rows:
+    """Stored studies as rows.
+
+    Args:
+        images: images of a study on one canvas, at most.
+        fits: the stored ids of reports are those of the joint tokenizer; else reports are encoded when they are needed.
+    """
+
+    def __init__(self, joint: JointTokenizer, data: Sequence[Dataset], images: int = 1, fits: bool = False) -> None:
+        self.joint, self.data, self.images, self.fits = joint, list(data), images, fits
+
+    def row(self, source: int, index: int, turn: int = 0) -> Row:
+        """One study as a row; of more images than fit, those from number `turn` on."""
+        record = self.data[source][index]
+        kept = record["images"]
+        if len(kept) > self.images:
+            first = turn % len(kept)
+            kept = [*kept[first:], *kept[:first]][: self.images]
+        segments = [
+            Segment("image", str(one["modality"]), self.joint.code_ids(np.asarray(one["codes"]))) for one in kept
+        ]
+        if record["report"]:
+            segments.append(Segment("report", "text", self.report_ids(record)))
+        return layout(segments, self.joint.vocabulary)
+
+    def report_ids(self, record: Mapping[str, Any]) -> list[int]:
+        """Ids of a stored report in its slot."""
+        report = str(record["report"])
+        return self.joint.report_ids(report, ids=[int(i) for i in record["report_ids"]] if self.fits else None)
+
+    def slots(self) -> Slots:
+        """How often each slot length occurs, by modality, in the first `SLOT_SAMPLE` studies of each source."""
+        counters: dict[str, Counter[int]] = {}
+        for data in self.data:
+            for record in data.select(range(min(len(data), SLOT_SAMPLE))):
+                if record["report"]:
+                    length = len(self.report_ids(record))
+                    for modality in {str(one["modality"]) for one in record["images"]}:
+                        counters.setdefault(modality, Counter())[length] += 1
+        return {modality: dict(sorted(counter.items())) for modality, counter in counters.items()}
+
+
 class DiffusionTask:
     """Masked diffusion over prepared studies."""
 
     def __init__(
         self,
         model: MeDiMModel,
-        joint: JointTokenizer,
-        data: Dataset,
+        rows: Rows,
+        order: Order,
         objective: ObjectiveOptions,
         batch_size: int,
         seed: int,
@@ -39,28 +82,21 @@ class DiffusionTask:
 
         `pack`: positions of a row that holds several studies; 0: one study a row, padded.
         """
-        self.model = model
-        self.joint, self.data, self.objective = joint, data.with_format("numpy"), objective
+        self.model, self.rows, self.order, self.objective = model, rows, order, objective
         self.batch_size, self.seed, self.write, self.pack = batch_size, seed, write, pack
-
-    def row(self, index: int) -> Row:
-        """One stored study as a row."""
-        record = self.data[index]
-        segments = [Segment("image", str(record["modality"]), self.joint.code_ids(record["codes"]))]
-        if record["report"]:
-            segments.append(Segment("report", "text", self.joint.report_ids(str(record["report"]))))
-        return layout(segments, self.joint.vocabulary)
 
     def batches(self, step: int, rank: int, world: int, parts: int) -> list[Batch]:
         """This process's share of a step in `parts`: a pure function of (seed, step)."""
-        indices = global_batch(self.seed, step, self.batch_size, len(self.data))
+        chosen = self.order.batch(step, self.batch_size)
         mine = np.arange(self.batch_size)[share(self.batch_size, rank, world)]
-        return [self._batch(step, indices, places) for places in np.array_split(mine, parts)]
+        return [self._batch(step, chosen, places) for places in np.array_split(mine, parts)]
 
-    def _batch(self, step: int, indices: np.ndarray, places: np.ndarray) -> Batch:
-        rows, fill = [self.row(int(indices[p])) for p in places], self.joint.vocabulary.eos
+    def _batch(self, step: int, chosen: tuple[np.ndarray, np.ndarray], places: np.ndarray) -> Batch:
+        first, (sources, studies) = step * self.batch_size, chosen
+        rows = [self.rows.row(int(sources[p]), int(studies[p]), first + int(p)) for p in places]
+        joint = self.rows.joint
+        fill, mask_id = joint.vocabulary.eos, joint.vocabulary.mask
         canvas = Canvas.pack(rows, fill, self.pack) if self.pack else Canvas.collate(rows, fill)
-        mask_id = self.joint.vocabulary.mask
         return make_batch(canvas, places.tolist(), self.batch_size, step, self.seed, self.objective, mask_id)
 
     def count(self, batch: Batch) -> float:
@@ -79,9 +115,4 @@ class DiffusionTask:
     @functools.cached_property
     def slots(self) -> Slots:
         """How often each slot length occurs in training, by modality: what sampling draws lengths from."""
-        counters: dict[str, Counter[int]] = {}
-        for record in self.data.select(range(min(len(self.data), SLOT_SAMPLE))):
-            if record["report"]:
-                length = len(self.joint.report_ids(str(record["report"])))
-                counters.setdefault(str(record["modality"]), Counter())[length] += 1
-        return {modality: dict(sorted(counter.items())) for modality, counter in counters.items()}
+        return self.rows.slots()

@@ -108,7 +108,7 @@ def test_two_processes_and_two_parts_give_the_losses_of_one(whole: Path, tiny_mo
     assert list((whole / "parts" / "tensorboard").glob("events.*"))
     for name in ("two", "parts"):
         for step, values in losses(whole / "whole").items():
-            close = 5e-4 if step == 1 else 5e-3  # Adam blows up the rounding of gradients near zero
+            close = 5e-4 if step == 1 else 2e-2  # Adam blows up the rounding of gradients near zero
             assert losses(whole / name)[step] == pytest.approx(values, rel=close, abs=1e-5), (name, step)
 
 

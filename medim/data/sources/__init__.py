@@ -6,29 +6,9 @@ dataclass beside its reader; on the command line they are ``key=value``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from medim.data.sources import demo
+from medim.data.sources.base import Source
 
-from medim.data.studies import Skipped, Study
+__all__ = ["SOURCES", "Source"]
 
-
-@dataclass(frozen=True)
-class Source:
-    """A reader and what a user must know of it.
-
-    Attributes:
-        read: called with the root and its options; yields studies, and `Skipped` for what cannot be one.
-        options: a class marked with `medim.config.options`, whose attributes its docstring explains.
-        about: one line: what it reads.
-        layout: the tree it expects, for `medim prepare SOURCE --help`.
-    """
-
-    read: Callable[[Path, Any], Iterator[Study | Skipped]]
-    options: type
-    about: str
-    layout: str
-
-
-SOURCES: dict[str, Source] = {}
+SOURCES: dict[str, Source] = {"demo": demo.SOURCE}

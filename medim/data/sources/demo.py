@@ -1,0 +1,42 @@
+"""The embedded studies as a source: nothing to download, endless, and the text is true of the picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from medim.config import options
+from medim.data import embedded
+from medim.data.phantom import Outlines
+from medim.data.sources.base import Source
+from medim.data.studies import Study
+
+
+@options
+class DemoOptions:
+    """Which of the embedded studies.
+
+    Attributes:
+        studies: how many.
+        split: of which split; the three never share a study.
+        seed: another one gives other studies.
+        lungs: outlines of the X-rays; `real` ones come with an installed torchxrayvision.
+    """
+
+    studies: Annotated[int, Field(ge=1)] = 6000
+    split: Literal["train", "validation", "test"] = "train"
+    seed: int = 0
+    lungs: Outlines = "ellipse"
+
+
+def read(_root: Path, choice: DemoOptions) -> Iterator[Callable[[], Study]]:
+    """The studies, each made when it is called."""
+    return embedded.studies(choice.studies, choice.split, choice.seed, choice.lungs)
+
+
+SOURCE = Source(
+    read, DemoOptions, "embedded chest X-ray phantoms and H&E tiles; takes no ROOT", "nothing: all is in the package"
+)
