@@ -26,9 +26,9 @@ def fingerprint(image: PIL.Image.Image) -> str:
 
     The picture is made 64 x 64 and gray; the frequencies are those of the discrete cosine transform. It is the `phash`
     of the package ImageHash with hash_size 16. Measured on 2,000 phantom X-rays and 2,000 pathology tiles: JPEG of
-    quality 75, half the size and back, and 5% more brightness move at most 8 of the 256 bits; two different X-rays differ
-    in at least 16 bits (84 in the median), two different tiles that share no pixels in more. Eight bytes are too few:
-    different phantoms then have equal pHashes and equal dHashes.
+    quality 75, half the size and back, and 5% more brightness move at most 8 of the 256 bits; two different X-rays
+    differ in at least 16 bits (84 in the median). Eight bytes are too few: different phantoms then have equal pHashes
+    and equal dHashes.
 
     Source: Zauner, "Implementation and Benchmarking of Perceptual Image Hash Functions" (2010), section 3.2.1.
     """
@@ -43,10 +43,10 @@ def near_pairs(fingerprints: UInt8[ndarray, "N F"], radius: int = RADIUS) -> Ite
 
     Bits are dealt to more bands than `radius`, so such a pair is equal in one band at least (the pigeonhole principle):
     only pairs with an equal band are compared. Bits that are set in half of the fingerprints tell most; they are dealt
-    first, so that each band has its share. Memory is O(N). Time grows with the number of equal bands, and so steeply with
-    `radius`.
+    first, so that each band has its share. Memory is O(N). Time grows with the number of pairs that are equal in a
+    band, and so steeply with `radius`.
 
-    Source: Norouzi, Punjani, Fleet, "Fast Exact Search in Hamming Space with Multi-Index Hashing" (1307.2982), section 2.
+    Source: Norouzi et al., "Fast Exact Search in Hamming Space with Multi-Index Hashing" (1307.2982), section 2.
     """
     n, width = fingerprints.shape
     if n < 2:
