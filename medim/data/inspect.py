@@ -29,6 +29,7 @@ COLUMNS = ("id", "patient_id", "source", "split", "prompt", "report", "report_id
 EXAMPLES = 5  # groups of repeats that are named, and reasons' files
 NAMED = 4  # studies of such a group
 SHOWN = 300  # letters of a repeated report
+SPLITS = ("train", "validation", "test")  # come first, and in this order
 UNKNOWN = np.uint64(0)  # the digest of an empty name
 
 
@@ -302,12 +303,13 @@ def summary(data: Prepared, columns: Columns, radius: int = RADIUS) -> dict[str,
     }
     named = data.rows(n for one in found.values() for members, _ in one.examples for n in _named(members, columns))
     index = data.index
-    patients = len(np.unique(columns.patient[known]))
+    ranks = {name: k for k, name in enumerate(SPLITS)}
+    splits = sorted(enumerate(columns.splits), key=lambda split: (ranks.get(split[1], len(ranks)), split[1]))
     return {
         "format": 1,
         "source": index.get("source", ""),
         "studies": len(rows),
-        "patients": patients,
+        "patients": len(np.unique(columns.patient[known])),
         "studies_without_patient": len(rows) - len(known),
         "images": len(columns.study),
         "resolution": index.get("resolution"),
@@ -318,13 +320,13 @@ def summary(data: Prepared, columns: Columns, radius: int = RADIUS) -> dict[str,
                 "patients": len(np.unique(columns.patient[known][columns.split[known] == k])),
                 "images": int((columns.split[columns.study] == k).sum()),
             }
-            for k, name in enumerate(columns.splits)
+            for k, name in splits
         },
         "views": [
             {"split": split, "modality": modality, "view": view, "images": count}
             for (split, modality, view), count in sorted(columns.images.items())
         ],
-        "report_tokens": {name: _lengths(columns.tokens[columns.split == k]) for k, name in enumerate(columns.splits)},
+        "report_tokens": {name: _lengths(columns.tokens[columns.split == k]) for k, name in splits},
         "codebook": {name: codebook_use(counts) for name, counts in sorted(columns.codes.items())},
         "radius": radius,
         **{name: _told(one, named, columns, with_report=name == "same_report") for name, one in found.items()},
@@ -333,7 +335,7 @@ def summary(data: Prepared, columns: Columns, radius: int = RADIUS) -> dict[str,
 
 
 def codebook_use(counts: Int[ndarray, " K"]) -> dict[str, Any]:
-    """Entropy H in bits of the share of each code, perplexity 2^H, codes that occur, and their shares, largest first."""
+    """Entropy H of the codes in bits, perplexity 2^H, how many occur, and their shares, largest first."""
     total = int(counts.sum())
     shares = np.sort(counts[counts > 0])[::-1] / max(total, 1)
     entropy = float(-(shares * np.log2(shares)).sum()) + 0.0
@@ -391,7 +393,7 @@ def reasons(skipped: list[dict[str, str]]) -> list[dict[str, Any]]:
     for one in skipped:
         reason = one.get("reason", "")
         for name in filter(None, (one.get("file"), Path(one.get("file") or "").name, one.get("id"))):
-            reason = reason.replace(name, "…")
+            reason = reason.replace(name, "FILE")
         groups.setdefault(re.sub(r"\d+(\.\d+)?", "N", reason), []).append(one)
     ordered = sorted(groups.items(), key=lambda item: -len(item[1]))
     return [

@@ -23,6 +23,7 @@ from medim.vocabulary import MODALITIES
 BINS = 24  # of the histogram of lengths
 BARS = 96  # of a codebook's sorted use
 LINE = 80
+REASONS = 8  # for which files were skipped, that the text names
 MANY = 20  # codes seen for each of the codebook, above which unused ones are worth a word
 
 
@@ -95,48 +96,71 @@ def problems(s: dict[str, Any], shared_patients_allowed: bool = False) -> list[P
 
 
 def text(s: dict[str, Any], found: list[Problem]) -> str:
-    """The summary in plain lines of at most 80 columns."""
-    lines = [
-        f"{s['studies']:,} studies of {s['patients']:,} patients, {s['images']:,} images"
-        + (f", source {s['source']}" if s["source"] else "")
-    ]
-    lines += ["", f"{'split':<16}{'studies':>10}{'patients':>10}{'images':>10}{'tokens a report':>18}{'longest':>10}"]
+    """The summary in plain lines of at most 80 columns, problems last."""
+    said = f"{s['studies']:,} studies of {s['patients']:,} patients, {s['images']:,} images"
+    lines = _wrapped(said + (f", source {s['source']}" if s["source"] else ""))
+    for part in (_splits, _views, _reports, _codes, _repeats, _skips):
+        lines += ["", *own] if (own := part(s)) else []
+    lines.append("")
+    for problem in found:
+        lines += _wrapped(f"{'ERROR' if problem.error else 'look'}: {problem.what}. To do: {problem.do}.")
+    return "\n".join(lines if found else [*lines, "nothing to mend was found"])
+
+
+def _splits(s: dict[str, Any]) -> list[str]:
+    lines = [f"{'split':<16}{'studies':>10}{'patients':>10}{'images':>10}{'tokens a report':>20}{'longest':>10}"]
     for name, own in s["splits"].items():
         tokens = s["report_tokens"][name]
         spread = f"{tokens['median']:.0f}, 95% to {tokens['p95']:.0f}"
         counts = "".join(f"{own[key]:>10,}" for key in ("studies", "patients", "images"))
-        lines.append(f"{_fit(name, 15):<16}{counts}{spread:>18}{tokens['longest']:>10,}")
+        lines.append(f"{_fit(name, 15):<16}{counts}{spread:>20}{tokens['longest']:>10,}")
+    return lines
+
+
+def _views(s: dict[str, Any]) -> list[str]:
     names, table = views(s)
-    lines += ["", "images by modality and view" + "".join(f"{_fit(name, 11):>12}" for name in names[:4])]
-    for modality, view, counts in table:
-        lines.append(f"  {_fit(f'{modality} {view}', 24):<25}" + "".join(f"{n:>12,}" for n in counts[:4]))
-    lines += ["", "report length in tokens"]
-    lines += [
-        f"  {low:>5} to {high:<5}{count:>10,} {'#' * _share(count, top, 50)}" for low, high, count, top in _rows(s)
+    lines = [f"{'images':<32}" + "".join(f"{_fit(name, 11):>12}" for name in names[:4])]
+    for modality, view, images in table:
+        lines.append(f"{_fit(f'{modality} {view}', 31):<32}" + "".join(f"{count:>12,}" for count in images[:4]))
+    return lines
+
+
+def _reports(s: dict[str, Any]) -> list[str]:
+    bins = histogram(_lengths(s), 10)
+    top = max(count for *_, count in bins)
+    width = len(str(bins[-1][1]))
+    return ["tokens a report: how many reports"] + [
+        f"  {low:>{width}} to {high:<{width}}{count:>12,} {'#' * -(-50 * count // top)}".rstrip()
+        for low, high, count in bins
     ]
-    lines += ["", f"{'codebook':<16}{'codes used':>18}{'perplexity':>14}{'entropy, bits':>17}"]
+
+
+def _codes(s: dict[str, Any]) -> list[str]:
+    lines = [f"{'codebook':<16}{'codes used':>18}{'perplexity':>14}{'entropy, bits':>17}"]
     for name, use in s["codebook"].items():
         used = f"{use['used']} of {use['size']}"
         lines.append(f"{_fit(name, 15):<16}{used:>18}{use['perplexity']:>14.1f}{use['entropy']:>17.2f}")
-    lines += ["", f"{'in several studies':<26}{'groups':>10}{'studies':>10}{'of 2 patients':>16}{'in 2 splits':>14}"]
+    return lines
+
+
+def _repeats(s: dict[str, Any]) -> list[str]:
+    fields = {"groups": 9, "studies": 10, "across_patients": 16, "across_splits": 13}
+    lines = [f"{'in several studies':<28}{'groups':>9}{'studies':>10}{'of 2 patients':>16}{'in 2 splits':>13}"]
     for key, name in REPEATED.items():
-        counts = "".join(
-            f"{s[key][field]:>{width},}"
-            for field, width in (("groups", 10), ("studies", 10), ("across_patients", 16), ("across_splits", 14))
-        )
-        lines.append(f"{name.format(**s):<26}{counts}")
-    if s["skipped"]:
-        lines += ["", "skipped"]
-        for one in s["skipped"][:8]:
-            lines.append(_fit(f"{one['count']:>8,}  {one['reason']}", LINE))
-            first = one["examples"][0]
-            lines.append(_fit(f"          such as {first.get('file') or first.get('id')}", LINE))
-        if len(s["skipped"]) > 8:
-            lines.append(f"          and {len(s['skipped']) - 8} other reasons")
-    lines.append("")
-    for problem in found:
-        lines += _wrapped(f"{'ERROR' if problem.error else 'look'}: {problem.what}. To do: {problem.do}.")
-    return "\n".join(lines + ([] if found else ["nothing to mend was found"]))
+        lines.append(f"{name.format(**s):<28}" + "".join(f"{s[key][field]:>{n},}" for field, n in fields.items()))
+    return lines
+
+
+def _skips(s: dict[str, Any]) -> list[str]:
+    lines = []
+    for one in s["skipped"][:REASONS]:
+        first = one["examples"][0]
+        lines.append(_fit(f"{one['count']:>8,}  {one['reason']}", LINE))
+        lines.append(_fit(f"{'':10}such as {first.get('file') or first.get('id')}", LINE))
+    rest = len(s["skipped"]) - REASONS
+    return (
+        ["skipped", *lines, *([f"{'':10}and for {_many(rest, 'other reason')}"] if rest > 0 else [])] if lines else []
+    )
 
 
 REPEATED = {
@@ -187,8 +211,8 @@ def _many(count: int, one: str, several: str = "") -> str:
 
 
 def _fit(line: str, width: int) -> str:
-    line = " ".join(line.split()) if not line.startswith(" ") else line
-    return line if len(line) <= width else line[: width - 1] + "…"
+    line = line.replace("\n", " ")
+    return line if len(line) <= width else line[: width - 3] + "..."
 
 
 def _wrapped(line: str) -> list[str]:
