@@ -50,10 +50,13 @@ def inspect(argv: Sequence[str]) -> int:
     quiet()
     from medim.data.inspect import Prepared, gather, summary
     from medim.data.page import problems, render, samples, text
+    from medim.data.prepare import codebook_hash
     from medim.tokenization.image import VQTokenizer
 
     data = Prepared.open(args.folder)
     tokenizer = VQTokenizer.from_pretrained(data.folder / "image_tokenizer")
+    if data.index.get("image_tokenizer") != codebook_hash(tokenizer):
+        raise UserError(f"{args.folder}/image_tokenizer: not the one that made the dataset; put back the one that did")
     columns = gather(data.batches(), tokenizer.codebook_size)
     found = summary(data, columns, args.radius)
     wrong = problems(found, args.allow_shared_patients)

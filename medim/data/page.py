@@ -41,7 +41,7 @@ def problems(s: dict[str, Any], shared_patients_allowed: bool = False) -> list[P
     found = []
     if count := s["shared_patients"]["groups"]:
         first = s["shared_patients"]["examples"][0]["studies"]
-        where = " and ".join(dict.fromkeys(study["split"] for study in first))
+        where = " and ".join(name for name in s["splits"] if name in {study["split"] for study in first})
         found.append(
             Problem(
                 f"{_many(count, 'patient')} in two splits: {first[0]['patient_id']} in {where}",

@@ -19,6 +19,7 @@ from datasets import Dataset, Features, List, Value
 
 from medim import cli
 from medim.data import inspect, page
+from medim.data.prepare import codebook_hash
 from medim.errors import UserError
 from medim.tokenization.image import VQConfig, VQTokenizer
 
@@ -117,7 +118,8 @@ def write(tmp_path: Path, tokenizer_folder: Path) -> Callable[..., Path]:
             with pa.ipc.new_stream(str(folder / f"shard-{number:05d}.arrow"), table.schema) as writer:
                 writer.write_table(table, max_chunksize=2)
         card = {"format": 1, "source": "made", "studies": len(content), "resolution": 96, "fit": "crop"}
-        card |= {"shards": len(starts), "skipped": SKIPPED} | index
+        made_by = codebook_hash(VQTokenizer.from_pretrained(tokenizer_folder))
+        card |= {"shards": len(starts), "skipped": SKIPPED, "image_tokenizer": made_by} | index
         (folder / "index.json").write_text(json.dumps(card))
         return folder
 
@@ -321,6 +323,12 @@ def test_damaged_folders_are_told(write, capsys, damage, words):
     assert run(folder) == 2
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1 and said[0].startswith("error: ") and words in said[0], said
+
+
+def test_another_image_tokenizer_is_told(write, capsys):
+    folder = write(rows(), image_tokenizer="0123456789abcdef")
+    assert run(folder) == 2
+    assert "image_tokenizer: not the one that made the dataset" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
