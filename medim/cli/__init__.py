@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
+from medim.cli.inspection import inspect
 from medim.cli.preparation import prepare
 from medim.cli.sampling import sample
 from medim.cli.scoring import score
 from medim.cli.training import train
 from medim.errors import UserError
 
-__all__ = ["main", "prepare", "run", "sample", "score", "train"]
+__all__ = ["inspect", "main", "prepare", "run", "sample", "score", "train"]
 
 
 def run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
@@ -37,6 +38,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (train, "train a model, or go on with a run"),
     "sample": (sample, "make pairs, reports, images, or parts of them"),
     "prepare": (prepare, "encode studies once, before training"),
+    "inspect": (inspect, "what is in a prepared dataset, and what is wrong with it"),
     "score": (score, "bits that a model needs for each study; which report fits"),
 }
 
