@@ -27,7 +27,6 @@ from medim.gallery import save_png
 from medim.metrics import coherence, image, text
 from medim.metrics.reader import FindingReader
 from medim.pipeline import ASSETS, MeDiM, Request
-from medim.tokenization.image import prepare_image
 from medim.vocabulary import KINDS, MODALITIES
 
 STUDY_SEED = 0  # the split stays the same whatever seed the sampling has
@@ -99,7 +98,7 @@ def _real(bench: Bench, domain: Domain) -> tuple[Real, dict[str, Any]]:
     """The real studies, and how well the image tokenizer keeps them."""
     joint, gray = bench.model.joint, MODALITIES[domain].gray
     studies = [embedded.DOMAINS[domain](STUDY_SEED, i, bench.protocol.split) for i in range(bench.studies)]
-    pictures = [prepare_image(s.images[0].pixels, joint.image.config.resolution, gray) for s in studies]
+    pictures = [joint.image.prepare(s.images[0].pixels, gray) for s in studies]
     again, files = [], []
     (bench.out / "given" / domain).mkdir(parents=True, exist_ok=True)
     for study, picture in zip(studies, pictures, strict=True):

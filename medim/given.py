@@ -23,8 +23,10 @@ from jaxtyping import Bool, Int
 from medim.canvas import Row, Segment, layout
 from medim.data.studies import Image
 from medim.errors import UserError
+from medim.pictures import read_picture
+from medim.pictures.files import open_file
 from medim.template import FREE, GAP, Gap, Slot, Template, Words
-from medim.tokenization.image import prepare_image
+from medim.tokenization.image import Fit, padded
 from medim.tokenization.joint import JointTokenizer
 from medim.vocabulary import MODALITIES
 
@@ -119,35 +121,47 @@ class Given:
 # ------------------------------------------------------------------------------------------------------- pictures
 
 
-def touched(marked: Bool[np.ndarray, "H W"], n: int) -> Bool[np.ndarray, "n n"]:
-    """Which of n x n equal cells of the centre square hold a marked pixel, or a part of one.
+@dataclass(frozen=True)
+class Geometry:
+    """Where `prepare_image` puts the pixels of a file: `side` is R, `fit` crop or pad."""
 
-    The square is that of `prepare_image`: as large as the shorter side, in the centre. n = R gives the pixels of the
-    prepared picture, n = R / f the codes.
-    """
-    total = np.pad(marked.astype(np.int64).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
-    side = min(marked.shape)
+    side: int
+    fit: Fit = "crop"
 
-    def edges(length: int) -> tuple[np.ndarray, np.ndarray]:
-        ends = (length - side) * n + 2 * side * np.arange(n + 1)  # in units of 1 / 2n pixel, so exact
-        return ends[:-1] // (2 * n), -(-ends[1:] // (2 * n))
+    def edges(self, length: int, other: int, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """Along a side of the file of `length` pixels, beside one of `other`: the first pixel that each of n equal
+        parts of the prepared side holds a part of, and the first after them; two equal ones if it holds border only.
 
-    (top, bottom), (left, right) = edges(marked.shape[0]), edges(marked.shape[1])
-    inside = total[bottom][:, right] - total[bottom][:, left] - total[top][:, right] + total[top][:, left]
-    return inside > 0
+        A part k of n begins at pixel R k / n of the prepared picture, and pixel x of that is (x - offset) length / size
+        of the file: exact in whole numbers.
+        """
+        starts = self.side * np.arange(n + 1)  # in units of 1 / n pixel of the prepared picture
+        if self.fit == "crop":
+            short = min(length, other)
+            ends, unit = (length - short) * self.side * n + 2 * short * starts, 2 * self.side * n
+        else:
+            size, offset = padded(length, max(length, other), self.side)
+            ends, unit = (starts - offset * n) * length, size * n
+        first, after = ends[:-1] // unit, -(-ends[1:] // unit)
+        return np.clip(first, 0, length), np.clip(after, 0, length)
+
+    def touched(self, marked: Bool[np.ndarray, "H W"], n: int) -> Bool[np.ndarray, "n n"]:
+        """Which of n x n equal cells of the prepared picture hold a marked pixel, or a part of one.
+
+        n = R gives the pixels of the prepared picture, n = R / f the codes.
+        """
+        total = np.pad(marked.astype(np.int64).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+        height, width = marked.shape
+        (top, bottom), (left, right) = self.edges(height, width, n), self.edges(width, height, n)
+        inside = total[bottom][:, right] - total[bottom][:, left] - total[top][:, right] + total[top][:, left]
+        return inside > 0
 
 
-def _open(picture: PIL.Image.Image | Path, what: str) -> PIL.Image.Image:
-    """A picture as it is shown, its EXIF orientation applied."""
-    if isinstance(picture, PIL.Image.Image):
-        return PIL.ImageOps.exif_transpose(picture)
-    if not picture.is_file():
-        raise UserError(f"{what} {picture}: no such file")
-    try:
-        with PIL.Image.open(picture) as opened:
-            return PIL.ImageOps.exif_transpose(opened)
-    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
-        raise UserError(f"{what} {picture} cannot be read ({' '.join(str(error).split())}): give a PNG") from error
+def _open_mask(mask: PIL.Image.Image | Path) -> PIL.Image.Image:
+    """A mask as it is shown, its EXIF orientation applied; its values as they are."""
+    if isinstance(mask, Path) and not mask.is_file():
+        raise UserError(f"mask {mask}: no such file")
+    return PIL.ImageOps.exif_transpose(open_file(mask) if isinstance(mask, Path) else mask)
 
 
 def marked_pixels(request: Request) -> Bool[np.ndarray, "H W"]:
@@ -159,9 +173,11 @@ def marked_pixels(request: Request) -> Bool[np.ndarray, "H W"]:
         UserError: a mask that cannot be read or has another size, a box that is no box within the image.
     """
     assert request.image is not None
-    width, height = _open(request.image, "image").size
+    if isinstance(request.image, Path) and not request.image.is_file():
+        raise UserError(f"image {request.image}: no such file")
+    width, height = read_picture(request.image).image.size
     if request.mask is not None:
-        mask = _open(request.mask, "mask")
+        mask = _open_mask(request.mask)
         name = f"mask {request.mask}" if isinstance(request.mask, Path) else "the mask"
         if mask.size != (width, height):
             raise UserError(
@@ -187,35 +203,35 @@ def marked_pixels(request: Request) -> Bool[np.ndarray, "H W"]:
 Region = tuple[Bool[np.ndarray, "h w"], Bool[np.ndarray, "R R"]]  # of codes, of pixels
 
 
-def _everywhere(request: Request, side: int, grid: int) -> Region:
-    return np.ones((grid, grid), bool), np.ones((side, side), bool)
+def _everywhere(request: Request, place: Geometry, grid: int) -> Region:
+    return np.ones((grid, grid), bool), np.ones((place.side, place.side), bool)
 
 
-def _nowhere(request: Request, side: int, grid: int) -> Region:
-    return np.zeros((grid, grid), bool), np.zeros((side, side), bool)
+def _nowhere(request: Request, place: Geometry, grid: int) -> Region:
+    return np.zeros((grid, grid), bool), np.zeros((place.side, place.side), bool)
 
 
-def _marked(request: Request, side: int, grid: int) -> Region:
+def _marked(request: Request, place: Geometry, grid: int) -> Region:
     marked = marked_pixels(request)
-    codes = touched(marked, grid)
+    codes = place.touched(marked, grid)
     if not marked.any():
         raise UserError("the mask marks no pixel: nothing to regenerate (white is regenerated, black is kept)")
     if not codes.any():
         raise UserError("what is marked lies outside the centre square, which is all that the model sees")
-    if codes.all():
+    if (codes == place.touched(np.ones_like(marked), grid)).all():
         raise UserError("all of the image is marked, nothing of it would be kept: use task image, or pair")
-    return codes, touched(marked, side)
+    return codes, place.touched(marked, place.side)
 
 
-def _half(request: Request, side: int, grid: int) -> Region:
+def _half(request: Request, place: Geometry, grid: int) -> Region:
     if request.keep_image is None:
-        return _everywhere(request, side, grid)
+        return _everywhere(request, place, grid)
     codes = np.ones((grid, grid), bool)
     kept = -(-grid // 2)
     first, rest, all_ = slice(kept), slice(grid - kept, None), slice(None)
     where = {"top": (first, all_), "bottom": (rest, all_), "left": (all_, first), "right": (all_, rest)}
     codes[where[request.keep_image]] = False
-    return codes, np.kron(codes, np.ones((side // grid, side // grid), bool))
+    return codes, np.kron(codes, np.ones((place.side // grid, place.side // grid), bool))
 
 
 # -------------------------------------------------------------------------------------------------------- reports
@@ -276,7 +292,7 @@ class TaskRule:
 
     needs: tuple[tuple[str, ...], ...]
     takes: tuple[str, ...]
-    region: Callable[[Request, int, int], Region]
+    region: Callable[[Request, Geometry, int], Region]
     template: Callable[[Request], Template | None]
 
 
@@ -369,6 +385,7 @@ class Reader:
         self.joint, self.slots = joint, slots
         self.side = joint.image.config.resolution
         self.grid = joint.image.grid(self.side, self.side)[0]
+        self.place = Geometry(self.side, joint.image.config.fit)
 
     @cached_property
     def words(self) -> Words:
@@ -384,7 +401,7 @@ class Reader:
         try:
             check(task, request)
             rule = TASKS[task]
-            rule.region(request, self.side, self.grid)
+            rule.region(request, self.place, self.grid)
             template = rule.template(request)
             longest = max(self.slots[request.domain])
             if template is not None and template.pieces != (Gap(),):
@@ -408,11 +425,11 @@ class Reader:
 
     def _read(self, task: Task, request: Request, score: Score) -> Given:
         rule = TASKS[task]
-        regenerate, pixels = rule.region(request, self.side, self.grid)
+        regenerate, pixels = rule.region(request, self.place, self.grid)
         codes, picture = np.full((self.grid, self.grid), -1), None
         if request.image is not None:
             gray = MODALITIES[request.domain].gray
-            prepared = prepare_image(request.image, self.side, gray)
+            prepared = self.joint.image.prepare(request.image, gray)
             codes = self.joint.image_codes(Image(request.domain, prepared)).cpu().numpy()
             picture = prepared.convert("L") if gray else prepared
         template = rule.template(request)

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,11 @@ from medim import cli
 from medim.data import embedded, phantom
 from medim.data.studies import Image
 from medim.errors import UserError
-from medim.given import Request, kept_words, touched
+from medim.given import Geometry, Request, kept_words
 from medim.pipeline import BOUND_TIMES, MeDiM
 from medim.sampling import Plan, Sampling
 from medim.template import ADJOINING, AFTER_SPACE, CANDIDATES, FREE, INSIDE, NEW_WORD, Forbidding, Gap, Template, Words
-from medim.tokenization.image import prepare_image
+from medim.tokenization.image import Fit, prepare_image
 from medim.tokenization.text import TextTokenizer
 from medim.vocabulary import Vocabulary
 
@@ -68,32 +69,46 @@ def essence(samples: Sequence[Any]) -> list[Any]:
 # ---------------------------------------------------------------------------------------------------- which cells
 
 
+def span(length: int, other: int, fit: Fit) -> tuple[Fraction, Fraction]:
+    """Where a side of the file begins and ends in a prepared picture of 96 pixels, by the definition of `fit`."""
+    if fit == "crop":
+        whole = Fraction(96 * length, min(length, other))
+        return (96 - whole) / 2, (96 + whole) / 2
+    size = round(Fraction(96 * length, max(length, other)))
+    return Fraction((96 - size) // 2), Fraction((96 - size) // 2 + size)
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad"])
 @pytest.mark.parametrize("shape", [(96, 96), (13, 8), (8, 31), (101, 240), (192, 96), (97, 95)])
-def test_a_cell_is_touched_if_it_shares_area_with_a_marked_pixel(shape: tuple[int, int]) -> None:
+def test_a_cell_is_touched_if_it_shares_area_with_a_marked_pixel(shape: tuple[int, int], fit: Fit) -> None:
     rng = np.random.default_rng(sum(shape))
     marked = rng.random(shape) < 0.02
-    side = min(shape)
-    y0, x0 = ((length - side) / 2 for length in shape)
+    (y0, y1), (x0, x1) = span(*shape, fit), span(*shape[::-1], fit)
+    scale, origin = ((y1 - y0) / shape[0], (x1 - x0) / shape[1]), (y0, x0)
     for n in (6, 12, 96):
         expected = np.zeros((n, n), dtype=bool)
-        for i, j in itertools.product(range(n), range(n)):
-            (a, b), (c, d) = ((o + k * side / n, o + (k + 1) * side / n) for o, k in ((y0, i), (x0, j)))
-            pixels = np.argwhere(marked)
-            over = (np.minimum(pixels + 1, [b, d]) - np.maximum(pixels, [a, c])).min(1, initial=9.0)
-            expected[i, j] = bool((over > 1e-9).any())
-        assert (touched(marked, n) == expected).all()
+        for pixel in np.argwhere(marked):
+            low = [o + s * int(p) for o, s, p in zip(origin, scale, pixel, strict=True)]
+            high = [o + s * (int(p) + 1) for o, s, p in zip(origin, scale, pixel, strict=True)]
+            rows, columns = (
+                [k for k in range(n) if a < Fraction(96 * (k + 1), n) and Fraction(96 * k, n) < b]
+                for a, b in zip(low, high, strict=True)
+            )
+            expected[np.ix_(rows, columns)] = True
+        assert (Geometry(96, fit).touched(marked, n) == expected).all()
 
 
+@pytest.mark.parametrize("fit", ["crop", "pad"])
 @pytest.mark.parametrize("size", [(96, 96), (240, 101), (101, 240), (50, 61)])
-def test_cells_are_where_prepare_image_puts_pixels(size: tuple[int, int]) -> None:
+def test_cells_are_where_prepare_image_puts_pixels(size: tuple[int, int], fit: Fit) -> None:
     rng = np.random.default_rng(0)
     for _ in range(20):
-        side = min(size)
-        x, y = ((n - side) // 2 + 2 + int(rng.integers(side - 4)) for n in size)
+        lengths = [min(size)] * 2 if fit == "crop" else size
+        x, y = ((n - side) // 2 + 2 + int(rng.integers(side - 4)) for n, side in zip(size, lengths, strict=True))
         picture = PIL.Image.new("L", size)
         picture.putpixel((x, y), 255)
-        prepared = np.asarray(prepare_image(picture, 96))[..., 0]
-        cells = touched(np.asarray(picture) > 0, 96)
+        prepared = np.asarray(prepare_image(picture, 96, gray=True, fit=fit))[..., 0]
+        cells = Geometry(96, fit).touched(np.asarray(picture) > 0, 96)
         assert cells.any() and cells[np.unravel_index(prepared.argmax(), prepared.shape)]
 
 
@@ -237,10 +252,10 @@ def test_codes_outside_the_mask_are_kept_exactly(
     codes = model.joint.image_codes(Image(kind, image)).numpy()
     marked = np.asarray(PIL.Image.open(mask))
     for it in samples:
-        assert (it.regenerated == touched(marked, 6)).all() and 0 < it.regenerated.sum() < 36
+        assert (it.regenerated == Geometry(96).touched(marked, 6)).all() and 0 < it.regenerated.sum() < 36
         assert (it.codes[~it.regenerated] == codes[~it.regenerated]).all() and (it.given_codes == codes).all()
         assert it.report == (report or "") and it.given == "part of the image" + (" and report" if report else "")
-        pixels = touched(marked, 96)
+        pixels = Geometry(96).touched(marked, 96)
         original = np.asarray(prepare_image(image, 96, domain == "xray").convert(it.image.mode))
         assert (np.asarray(it.image)[~pixels] == original[~pixels]).all() == paste_back
         decoded = model.joint.picture(it.codes.ravel() + model.joint.vocabulary.image[0], domain)

@@ -2,55 +2,36 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import PIL.Image
 
+from medim.errors import UserError
+from medim.pictures.dicom import Frame, is_dicom
+from medim.pictures.files import Backdrop, convert, open_file
+from medim.pictures.picture import Picture, Pixels
 
-@dataclass(frozen=True)
-class Picture:
-    """An 8-bit picture, mode "L" or "RGB", and how it came about.
-
-    Attributes:
-        window: how values became 8 bits, such as ``"hu -160 240"`` or ``"percentile 0.5 99.5 -> 12 3071"``; empty if
-            they were 8 bits.
-        spacing: millimetres per pixel (rows, columns), or None.
-    """
-
-    image: PIL.Image.Image
-    window: str = ""
-    spacing: tuple[float, float] | None = None
+__all__ = ["Backdrop", "Picture", "Pixels", "read_picture"]
 
 
-@runtime_checkable
-class Pixels(Protocol):
-    """Pixels that are read when they are needed: a frame of a DICOM file, a slice of a volume, a region of a slide.
-
-    Implementations are small frozen dataclasses: cheap to list by the million, and they can be pickled.
-    """
-
-    @property
-    def file(self) -> Path:
-        """The file that they are in; its hash goes into the dataset."""
-        ...
-
-    def load(self) -> Picture:
-        """Read them.
-
-        Raises:
-            UserError: the file is missing, damaged, or holds no such pixels.
-        """
-        ...
-
-
-def read_picture(pixels: PIL.Image.Image | Path | Pixels) -> Picture:
+def read_picture(pixels: PIL.Image.Image | Path | Pixels, backdrop: Backdrop = "white") -> Picture:
     """Any of an image's forms as an 8-bit picture.
+
+    A path is a DICOM file if its content says so, whatever its name (its first frame counts, windowed as the file
+    asks), or anything that PIL opens. A slice of a volume is no path but a `medim.pictures.nifti.Slice`.
+
+    Args:
+        backdrop: what transparent pixels become: a slide's background is white, that of a radiograph black.
 
     Raises:
         UserError: see `Pixels.load`.
     """
+    if isinstance(pixels, PIL.Image.Image):
+        return convert(pixels, str(getattr(pixels, "filename", "") or "image"), backdrop)
     if isinstance(pixels, Pixels):
         return pixels.load()
-    raise NotImplementedError("helper B writes this")
+    if is_dicom(pixels):
+        return Frame(pixels).load()
+    if pixels.name.lower().endswith((".nii", ".nii.gz")):
+        raise UserError(f"{pixels} is a volume: save the slice that is meant as PNG, or list slices by source nifti")
+    return convert(open_file(pixels), str(pixels), backdrop)

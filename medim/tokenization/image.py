@@ -19,7 +19,7 @@ import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import PIL.Image
@@ -33,16 +33,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from medim.errors import UserError
+from medim.pictures import Backdrop, Pixels, read_picture
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 MANIFEST_NAME = "manifest.json"
+Fit = Literal["crop", "pad"]
 MIN_SIDE = 8  # pixels: below this a file is an icon or damaged, not a medical image
 
 
 @dataclass(frozen=True)
 class VQConfig:
-    """Shape of a `VQTokenizer`; all but `patch` have the names of taming's `ddconfig`.
+    """Shape of a `VQTokenizer`; all but `patch` and `fit` have the names of taming's `ddconfig`.
 
     Attributes:
         resolution: side in pixels to which pictures are prepared.
@@ -56,6 +58,7 @@ class VQConfig:
         in_channels: channels of a picture.
         patch: side of the square of pixels folded into channels before the encoder and unfolded after the decoder; 1 is
             taming's, 2 costs a quarter at the first level and halves the grid once more.
+        fit: how a picture that is not square is prepared: the centre of it, or all of it with a border.
     """
 
     resolution: int = 96
@@ -68,8 +71,11 @@ class VQConfig:
     n_embed: int = 512
     in_channels: int = 3
     patch: int = 2
+    fit: Fit = "crop"
 
     def __post_init__(self) -> None:
+        if self.fit not in get_args(Fit):
+            raise UserError(f"VQConfig.fit is {self.fit!r}: one of {', '.join(get_args(Fit))}")
         if self.ch % 32:
             raise UserError(f"VQConfig.ch is {self.ch}: taming's GroupNorm needs a multiple of 32")
         if self.resolution % self.downsampling:
@@ -83,56 +89,51 @@ class VQConfig:
         return int(self.patch * 2 ** (len(self.ch_mult) - 1))
 
 
-def prepare_image(image: PIL.Image.Image | str | Path, resolution: int, gray: bool = False) -> PIL.Image.Image:
-    """Any picture as a square RGB one: shorter side to `resolution` pixels with its aspect kept, then the centre.
+def prepare_image(
+    image: PIL.Image.Image | str | Path | Pixels, resolution: int, gray: bool = False, fit: Fit = "crop"
+) -> PIL.Image.Image:
+    """Any picture as a square RGB one with its aspect kept: the one way for training, sampling and evaluation.
 
-    EXIF orientation is applied. 16-bit, 32-bit and floating-point greys are stretched from their own least and
-    greatest value to 0..255, because their full range says nothing (12-bit scans are stored in 16 bits). Transparent
-    pixels become black when `gray`, white otherwise (a slide's background). A picture that has the size already is
-    not resampled.
+    Files, 16 bits, windows and orientation are `read_picture`'s. A picture that has the size already is not resampled.
 
     Args:
-        image: a PIL image or the path of a file that PIL opens (the first frame counts).
+        image: a PIL image, the path of a picture or of a DICOM file, or pixels that are read when they are needed.
         resolution: side of the result in pixels.
-        gray: average the colours into three equal channels.
+        gray: average the colours into three equal channels; what is transparent is black, otherwise white.
+        fit: "crop": the shorter side to `resolution` pixels, then the centre. "pad": the longer side, so the whole
+            picture, in the middle of a border that is black if `gray`, else white as the background of a slide.
 
     Raises:
         UserError: not a picture, unreadable, shorter side under 8 pixels, or a constant 16-bit picture.
     """
-    if isinstance(image, str | Path):
-        name = str(image)
-        try:
-            with PIL.Image.open(image) as opened:
-                opened.load()
-                image = opened
-        except FileNotFoundError:
-            raise UserError(f"image {name} does not exist") from None
-        except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
-            raise UserError(f"{name} cannot be read as an image ({error}): give a PNG, JPEG or TIFF") from error
-    else:
-        name = getattr(image, "filename", "") or "image"
-
-    if min(image.size) < MIN_SIDE:
-        raise UserError(f"{name} is {image.width}x{image.height} pixels: the shorter side must have {MIN_SIDE} or more")
-    oriented = PIL.ImageOps.exif_transpose(image)
-    if oriented.mode.startswith(("I", "F")):
-        oriented = _stretch(oriented, name)
-    if oriented.has_transparency_data:
-        rgba = oriented.convert("RGBA")
-        backdrop = PIL.Image.new("RGBA", rgba.size, "black" if gray else "white")
-        oriented = PIL.Image.alpha_composite(backdrop, rgba)
-    flat = oriented.convert("RGB")
-    if gray:
-        flat = flat.convert("L").convert("RGB")
-    return PIL.ImageOps.fit(flat, (resolution, resolution), method=PIL.Image.Resampling.BICUBIC)
+    if isinstance(image, str):
+        image = Path(image)
+    backdrop: Backdrop = "black" if gray else "white"
+    picture = read_picture(image, backdrop).image
+    if min(picture.size) < MIN_SIDE:
+        name = image.file if isinstance(image, Pixels) else image
+        name = (getattr(name, "filename", "") or "image") if isinstance(name, PIL.Image.Image) else name
+        raise UserError(
+            f"{name} is {picture.width}x{picture.height} pixels: the shorter side must have {MIN_SIDE} or more"
+        )
+    flat = (picture.convert("L") if gray else picture).convert("RGB")
+    if fit == "crop":
+        return PIL.ImageOps.fit(flat, (resolution, resolution), method=PIL.Image.Resampling.BICUBIC)
+    (width, x), (height, y) = (padded(length, max(flat.size), resolution) for length in flat.size)
+    whole = PIL.Image.new("RGB", (resolution, resolution), backdrop)
+    whole.paste(flat.resize((width, height), PIL.Image.Resampling.BICUBIC), (x, y))
+    return whole
 
 
-def _stretch(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
-    values = np.asarray(image, dtype=np.float64)
-    low, high = float(values.min()), float(values.max())
-    if not np.isfinite(low + high) or low == high:
-        raise UserError(f"{name} (mode {image.mode}) holds one value everywhere or values that are not finite")
-    return PIL.Image.fromarray(np.round((values - low) * (255.0 / (high - low))).astype(np.uint8))
+def padded(length: int, longest: int, resolution: int) -> tuple[int, int]:
+    """Where fit "pad" puts a side of `length` pixels: how many it gets of `resolution`, and after how many of border.
+
+    Example:
+        >>> padded(100, 200, 96), padded(200, 200, 96)
+        ((48, 24), (96, 0))
+    """
+    size = max(1, round(length * resolution / longest))
+    return size, (resolution - size) // 2
 
 
 def image_to_tensor(image: PIL.Image.Image) -> Float[Tensor, "3 H W"]:
@@ -264,18 +265,22 @@ class VQTokenizer(nn.Module):
 
     # Pictures -----------------------------------------------------------------------------------------------
 
+    def prepare(self, image: PIL.Image.Image | str | Path | Pixels, gray: bool = False) -> PIL.Image.Image:
+        """`prepare_image` as this tokenizer wants it: at `config.resolution`, with `config.fit`."""
+        return prepare_image(image, self.config.resolution, gray, self.config.fit)
+
     @torch.no_grad()
     def encode(
-        self, image: PIL.Image.Image | Sequence[PIL.Image.Image] | Float[Tensor, "B C H W"]
+        self, image: PIL.Image.Image | Sequence[PIL.Image.Image] | Float[Tensor, "B C H W"], gray: bool = False
     ) -> Int[Tensor, "*B h w"]:
         """Codes of a picture [h, w], of a list of pictures [B, h, w], or of values in [-1, 1] [B, h, w].
 
-        Pictures go through `prepare_image` at `config.resolution`; tensors are taken as they are.
+        Pictures go through `prepare`, which leaves prepared ones as they are; tensors are taken as they are.
         """
         if isinstance(image, PIL.Image.Image):
-            return self.encode([image])[0]
+            return self.encode([image], gray)[0]
         if not isinstance(image, Tensor):
-            image = torch.stack([image_to_tensor(prepare_image(one, self.config.resolution)) for one in image])
+            image = torch.stack([image_to_tensor(self.prepare(one, gray)) for one in image])
         return self.quantize_latent(self.pixels_to_latent(image.to(self.device)))[2]
 
     @torch.no_grad()

@@ -17,7 +17,7 @@ from medim.canvas import ROLES, Row, Segment, layout
 from medim.config import options
 from medim.data.studies import Image, Study
 from medim.errors import UserError
-from medim.tokenization.image import VQTokenizer, prepare_image
+from medim.tokenization.image import VQTokenizer
 from medim.tokenization.text import TextTokenizer
 from medim.vocabulary import MODALITIES, Vocabulary
 
@@ -61,8 +61,7 @@ class JointTokenizer:
 
     def image_codes(self, image: Image) -> Int[Tensor, "h w"]:
         """Codes of one image after `prepare_image`."""
-        gray = MODALITIES[image.modality].gray
-        return self.image.encode(prepare_image(image.pixels, self.image.config.resolution, gray))
+        return self.image.encode(self.image.prepare(image.pixels, MODALITIES[image.modality].gray))
 
     def encode(self, study: Study) -> Row:
         """The row of a study: images, then the report unless it is empty."""

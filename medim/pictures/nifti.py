@@ -1,0 +1,170 @@
+"""Slices of NIfTI volumes as 8-bit pictures, shown as radiology shows them.
+
+Volumes are turned to RAS (indices grow to the patient's right, front and head), to the nearest axis: an oblique volume
+is not resampled. An axial slice is seen from the feet and a coronal one from the front, so that the patient's right
+is on the left of the picture; a sagittal one has the face on the left; the front or the head is at the top.
+"""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import PIL.Image
+from jaxtyping import Num
+
+from medim.errors import UserError
+from medim.pictures.picture import Picture, Spacing, squared
+from medim.pictures.windows import parse_window, to_8_bits
+
+Plane = Literal["axial", "coronal", "sagittal"]
+PLANES: tuple[Plane, ...] = get_args(Plane)
+AXIS: dict[Plane, int] = {"sagittal": 0, "coronal": 1, "axial": 2}  # of RAS, across the plane
+PERCENTILES = (0.5, 99.5)
+KEPT = 5  # decoded volumes that are kept: the sequences of one patient
+
+
+@dataclass(frozen=True)
+class Volume:
+    """A decoded volume, turned to RAS.
+
+    Attributes:
+        spacing: millimetres along each axis, or None if the header gives none.
+    """
+
+    file: Path
+    values: Num[np.ndarray, "X Y Z"]
+    spacing: tuple[float, float, float] | None
+
+    @cached_property
+    def window(self) -> tuple[float, float, str]:
+        """Percentiles 0.5 and 99.5 of the finite voxels other than zero, and how to say so; least and greatest value
+        if the percentiles are one, as in a mask.
+
+        Raises:
+            UserError: no voxel is finite, or all have one value.
+        """
+        finite = self.values[np.isfinite(self.values)]
+        if not finite.size:
+            raise UserError(f"{self.file} holds no finite voxel (NaN everywhere): leave it out")
+        if (inside := finite[finite != 0]).size:
+            low, high = map(float, np.percentile(inside, PERCENTILES))
+            if low < high:
+                return low, high, f"percentile {PERCENTILES[0]:g} {PERCENTILES[1]:g} -> {low:g} {high:g}"
+        low, high = float(finite.min()), float(finite.max())
+        if low == high:
+            raise UserError(f"{self.file} holds one value everywhere: leave it out")
+        return low, high, f"range {low:g} {high:g}"
+
+
+@dataclass(frozen=True)
+class Slice:
+    """One slice of a volume.
+
+    Attributes:
+        index: along the axis across the plane, from the patient's left, back or feet.
+        window: ``"centre width"`` or a name of `medim.pictures.windows.HU` (for CT). None is percentiles 0.5 to 99.5
+            of the volume's voxels other than zero, so that all slices of a volume share one window.
+    """
+
+    file: Path
+    plane: Plane
+    index: int
+    window: str | None = None
+
+    def load(self) -> Picture:
+        """Cut it out of its volume, which is decoded once for all of its slices; voxels that are not finite are black,
+        pixels that are not square are resampled.
+
+        Raises:
+            UserError: no volume, damaged, no such slice, no finite voxel, or one value everywhere.
+        """
+        volume = read_volume(self.file)
+        axis = AXIS[self.plane]
+        if not 0 <= self.index < volume.values.shape[axis]:
+            raise UserError(f"{self.file} has {volume.values.shape[axis]} {self.plane} slices: no slice {self.index}")
+        if self.window is None:
+            low, high, window = volume.window
+        else:
+            low, high = parse_window(self.window)
+            window = f"hu {low:g} {high:g}"
+        plane = np.take(volume.values, self.index, axis)[::-1, ::-1].T
+        spacing = spacing_in(self.plane, volume.spacing)
+        return squared(Picture(PIL.Image.fromarray(to_8_bits(plane, low, high)), window, spacing), self.file)
+
+
+def spacing_in(plane: Plane, spacing: tuple[float, float, float] | None) -> Spacing | None:
+    """Millimetres per pixel (rows, columns) of a plane's picture."""
+    if spacing is None:
+        return None
+    columns, rows = (s for axis, s in enumerate(spacing) if axis != AXIS[plane])
+    return rows, columns
+
+
+def read_shape(file: Path) -> tuple[tuple[int, int, int], tuple[float, float, float] | None]:
+    """Voxels and millimetres along each axis of RAS, from the header alone.
+
+    Raises:
+        UserError: missing, damaged, not one volume of numbers.
+    """
+    _, shape, spacing, _ = _open(file)
+    return shape, spacing
+
+
+def read_volume(file: Path) -> Volume:
+    """A volume, from the cache of the last few if the file is the same.
+
+    Raises:
+        UserError: missing, damaged, not one volume of numbers.
+    """
+    try:
+        return _decode(file, file.stat().st_mtime_ns)
+    except FileNotFoundError:
+        raise UserError(f"volume {file} does not exist") from None
+
+
+@functools.lru_cache(maxsize=KEPT)
+def _decode(file: Path, changed: int) -> Volume:
+    from nibabel.orientations import apply_orientation
+
+    image, shape, spacing, orientation = _open(file)
+    try:
+        values = np.asanyarray(image.dataobj)
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise UserError(f"{file}: the volume is damaged or incomplete") from error
+    if values.dtype.itemsize > 4:
+        values = values.astype(np.float32)
+    return Volume(file, apply_orientation(values.reshape(image.shape[:3]), orientation), spacing)
+
+
+def _open(file: Path) -> tuple[Any, tuple[int, int, int], tuple[float, float, float] | None, np.ndarray]:
+    """nibabel's image, its shape and spacing in RAS, and how its axes go there."""
+    try:
+        import nibabel
+    except ImportError as error:
+        raise ImportError("NIfTI volumes need nibabel: pip install 'medim[data]'") from error
+    try:
+        image: Any = nibabel.load(file)  # type: ignore[attr-defined]
+        orientation = nibabel.orientations.io_orientation(image.affine)
+        sizes = nibabel.affines.voxel_sizes(image.affine)
+        kind = image.get_data_dtype()
+    except FileNotFoundError:
+        raise UserError(f"volume {file} does not exist") from None
+    except (OSError, EOFError, ValueError, zlib.error, nibabel.filebasedimages.ImageFileError) as error:
+        raise UserError(f"{file} cannot be read as NIfTI: it is damaged, or no NIfTI file") from error
+    extra = [n for n in image.shape[3:] if n != 1]
+    if len(image.shape) < 3 or extra or kind.kind not in "iuf" or 0 in image.shape:
+        shape = "x".join(map(str, image.shape))
+        raise UserError(f"{file} holds {shape} values of type {kind}: a single volume of numbers is wanted; split it")
+    if np.isnan(orientation).any():
+        raise UserError(f"{file}: the affine of its header maps no axis to the patient; correct it")
+    axes = [int(np.flatnonzero(orientation[:, 0] == k)[0]) for k in range(3)]
+    x, y, z = (int(image.shape[axis]) for axis in axes)
+    mm = [float(sizes[axis]) for axis in axes]
+    known = all(0 < one < np.inf for one in mm)
+    return image, (x, y, z), ((mm[0], mm[1], mm[2]) if known else None), orientation
