@@ -301,10 +301,9 @@ def _load(found: Found, how: Encoding) -> _Loaded | Skipped:
         try:
             if image.modality not in MODALITIES:
                 raise UserError(f"unknown modality {image.modality!r}; one of {', '.join(MODALITIES)}")
-            picture = read_picture(image.pixels)
-            prepared.append(
-                prepare_image(picture.image, config.resolution, MODALITIES[image.modality].gray, config.fit)
-            )
+            gray = MODALITIES[image.modality].gray
+            picture = read_picture(image.pixels, "black" if gray else "white")
+            prepared.append(prepare_image(picture.image, config.resolution, gray, config.fit))
             images.append((image, picture, _hash(image)))
         except (UserError, OSError) as error:
             broken.append(_Broken(study.id, file.name if file else "", " ".join(str(error).split())))
