@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import PIL.Image
 import pytest
 
 from medim import cli
+from medim.data.sources import SOURCES
 from medim.gallery import NOTICE
 
 ROOT = Path(__file__).parent.parent
@@ -243,3 +246,33 @@ def test_scripts_without_arguments_teach(script: str) -> None:
     assert done.returncode == 0 and f"python {script}" in done.stdout and len(done.stdout.splitlines()) > 10
     bad = subprocess.run([sys.executable, str(ROOT / script), "--nonsense"], cwd=ROOT, capture_output=True, text=True)
     assert bad.returncode == 2 and "Traceback" not in bad.stderr
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_the_help_of_a_source_explains_each_option(source: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["prepare", source, "--help"])
+    assert ended.value.code == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert SOURCES[source].about in said and " ".join(SOURCES[source].layout.split()) in said
+    for field in dataclasses.fields(SOURCES[source].options):
+        assert re.search(rf"--{field.name} X \w+ \w+", said), f"{source}: {field.name} is not explained"
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["nowhere", "x", "--out", "o"], "medim prepare nowhere: unknown source; one of demo"),
+        (["demo", "root", "--out", "o"], "takes no ROOT"),
+        (["demo", "--studies", "many", "--out", "o"], "studies: 'many' (str) given, wanted a valid integer"),
+        (["demo", "--lungs", "none", "--out", "o"], "lungs: 'none' (str) given, wanted 'ellipse' or 'real'"),
+        (["demo", "--shard", "2/2", "--out", "o"], "--shard 2/2: give I/N with I from 0 to N-1"),
+        (["demo", "--batch-size", "0", "--out", "o"], "--batch-size 0: give at least 1"),
+    ],
+)
+def test_mistakes_of_prepare(
+    argv: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["prepare", *argv]) == 2
+    assert words in capsys.readouterr().err and not list(tmp_path.iterdir())
