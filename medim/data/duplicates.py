@@ -72,17 +72,17 @@ def near_pairs(
             keys = keys << np.uint64(1) | set_there.astype(np.uint64)
         sorting = np.argsort(keys, kind="stable")
         keys = keys[sorting]
-        alive = np.arange(n)
+        alive = own = np.arange(n)
         for step in range(1, n):  # neighbours, then those two apart, as far as runs of equal keys go
             if groups is not None and step & (step - 1) == 0:
-                alive = alive[_mixed(keys, groups[sorting])[alive]]
+                own = groups[sorting]
+                alive = alive[_mixed(keys, own)[alive]]
             alive = alive[alive < n - step]
             alive = alive[keys[alive] == keys[alive + step]]
             if not alive.size:
                 break
-            pairs = np.stack([sorting[alive], sorting[alive + step]], axis=1)
-            if groups is not None:
-                pairs = pairs[groups[pairs[:, 0]] != groups[pairs[:, 1]]]
+            left = alive if groups is None else alive[own[alive] != own[alive + step]]
+            pairs = np.stack([sorting[left], sorting[left + step]], axis=1)
             differ = words[pairs[:, 0]] ^ words[pairs[:, 1]]
             near = np.bitwise_count(differ).sum(1, dtype=np.int64) <= radius
             pairs, differ = pairs[near], differ[near]
