@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import PIL.Image
-from jaxtyping import Int, UInt8
+from jaxtyping import Bool, Int, UInt8, UInt64
 from numpy import ndarray
 from scipy.fft import dctn
 from scipy.sparse import coo_array
@@ -27,8 +27,8 @@ def fingerprint(image: PIL.Image.Image) -> str:
     The picture is made 64 x 64 and gray; the frequencies are those of the discrete cosine transform. It is the `phash`
     of the package ImageHash with hash_size 16. Measured on 2,000 phantom X-rays and 2,000 pathology tiles: JPEG of
     quality 75, half the size and back, and 5% more brightness move at most 8 of the 256 bits; two different X-rays
-    differ in at least 16 bits (84 in the median). Eight bytes are too few: different phantoms then have equal pHashes
-    and equal dHashes.
+    differ in at least 16 bits (84 in the median), two tiles that share no pixel in at least 90. 64 bits are too few:
+    different phantoms then have equal pHashes and equal dHashes.
 
     Source: Zauner, "Implementation and Benchmarking of Perceptual Image Hash Functions" (2010), section 3.2.1.
     """
@@ -38,13 +38,18 @@ def fingerprint(image: PIL.Image.Image) -> str:
     return np.packbits(low > np.median(low)).tobytes().hex()
 
 
-def near_pairs(fingerprints: UInt8[ndarray, "N F"], radius: int = RADIUS) -> Iterator[Int[ndarray, "P 2"]]:
+def near_pairs(
+    fingerprints: UInt8[ndarray, "N F"], radius: int = RADIUS, groups: Int[ndarray, " N"] | None = None
+) -> Iterator[Int[ndarray, "P 2"]]:
     """Every pair (first < second) that differs in at most `radius` bits, each once, in portions.
 
     Bits are dealt to more bands than `radius`, so such a pair is equal in one band at least (the pigeonhole principle):
     only pairs with an equal band are compared. Bits that are set in half of the fingerprints tell most; they are dealt
     first, so that each band has its share. Memory is O(N). Time grows with the number of pairs that are equal in a
     band, and so steeply with `radius`.
+
+    Args:
+        groups: pairs of one group are left out; the caller may change the numbers between portions.
 
     Source: Norouzi et al., "Fast Exact Search in Hamming Space with Multi-Index Hashing" (1307.2982), section 2.
     """
@@ -67,13 +72,17 @@ def near_pairs(fingerprints: UInt8[ndarray, "N F"], radius: int = RADIUS) -> Ite
             keys = keys << np.uint64(1) | set_there.astype(np.uint64)
         sorting = np.argsort(keys, kind="stable")
         keys = keys[sorting]
-        alive = np.arange(n)
+        alive = own = np.arange(n)
         for step in range(1, n):  # neighbours, then those two apart, as far as runs of equal keys go
+            if groups is not None and step & (step - 1) == 0:
+                own = groups[sorting]
+                alive = alive[_mixed(keys, own)[alive]]
             alive = alive[alive < n - step]
             alive = alive[keys[alive] == keys[alive + step]]
             if not alive.size:
                 break
-            pairs = np.stack([sorting[alive], sorting[alive + step]], axis=1)
+            left = alive if groups is None else alive[own[alive] != own[alive + step]]
+            pairs = np.stack([sorting[left], sorting[left + step]], axis=1)
             differ = words[pairs[:, 0]] ^ words[pairs[:, 1]]
             near = np.bitwise_count(differ).sum(1, dtype=np.int64) <= radius
             pairs, differ = pairs[near], differ[near]
@@ -82,6 +91,13 @@ def near_pairs(fingerprints: UInt8[ndarray, "N F"], radius: int = RADIUS) -> Ite
                 pairs, differ = pairs[new], differ[new]
             if len(pairs):
                 yield np.sort(pairs, axis=1)
+
+
+def _mixed(keys: UInt64[ndarray, " N"], groups: Int[ndarray, " N"]) -> Bool[ndarray, " N"]:
+    """Which of sorted keys lie in runs of equal ones that are not of one group."""
+    starts = np.flatnonzero(np.r_[True, keys[1:] != keys[:-1]])
+    mixed = np.minimum.reduceat(groups, starts) != np.maximum.reduceat(groups, starts)
+    return np.repeat(mixed, np.diff(np.r_[starts, len(keys)]))
 
 
 def duplicates(fingerprints: UInt8[ndarray, "N F"], radius: int = RADIUS) -> Int[ndarray, " N"]:
@@ -94,12 +110,15 @@ def duplicates(fingerprints: UInt8[ndarray, "N F"], radius: int = RADIUS) -> Int
     unique = distinct.view(np.uint8).reshape(-1, fingerprints.shape[1])
     labels = np.arange(len(unique))
     held: list[ndarray] = []
-    for pairs in near_pairs(unique, radius):
+    waiting = 0
+    for pairs in near_pairs(unique, radius, labels):
         held.append(pairs)
-        if sum(map(len, held)) >= BUFFER:
-            labels, held = _fold(labels, np.concatenate(held)), []
+        waiting += len(pairs)
+        if waiting >= BUFFER:
+            labels[:] = _fold(labels, np.concatenate(held))
+            held, waiting = [], 0
     if held:
-        labels = _fold(labels, np.concatenate(held))
+        labels[:] = _fold(labels, np.concatenate(held))
     _, first, group = np.unique(labels[inverse], return_index=True, return_inverse=True)
     return np.argsort(np.argsort(first))[group]
 

@@ -86,17 +86,19 @@ def planted(n: int, bytes_: int, seed: int) -> np.ndarray:
 
 @pytest.mark.parametrize("radius", [0, 1, 5, 10, 17])
 @pytest.mark.parametrize("width", [32, 5])
-def test_pairs_and_groups_are_those_of_brute_force(radius, width):
+def test_pairs_and_groups_are_those_of_brute_force(radius, width, monkeypatch):
     prints = planted(400, width, seed=radius)
     near = distances(prints) <= radius
     expected = {(i, j) for i, j in np.argwhere(near) if i < j}
     found = [tuple(pair) for part in near_pairs(prints, radius) for pair in part.tolist()]
     assert len(found) == len(set(found)) and set(found) == expected and expected
-    groups = duplicates(prints, radius)
     _, wanted = connected_components(near)
-    assert len(set(zip(groups.tolist(), wanted.tolist(), strict=True))) == len(set(wanted)) == groups.max() + 1
-    _, first = np.unique(groups, return_index=True)
-    assert (np.diff(first) > 0).all()  # numbered by their first members
+    for held in (1_000_000, 7):
+        monkeypatch.setattr("medim.data.duplicates.BUFFER", held)
+        groups = duplicates(prints, radius)
+        assert len(set(zip(groups.tolist(), wanted.tolist(), strict=True))) == len(set(wanted)) == groups.max() + 1
+        _, first = np.unique(groups, return_index=True)
+        assert (np.diff(first) > 0).all()  # numbered by their first members
 
 
 def test_groups_are_joined_over_portions(monkeypatch):
@@ -112,3 +114,18 @@ def test_few_and_equal():
     assert duplicates(np.zeros((0, 32), dtype=np.uint8)).tolist() == []
     assert duplicates(np.zeros((1, 32), dtype=np.uint8)).tolist() == [0]
     assert duplicates(np.zeros((50_000, 32), dtype=np.uint8)).tolist() == [0] * 50_000  # not 1,250,000,000 pairs
+
+
+def test_many_nearly_blank_pictures_are_one_group_without_all_pairs(monkeypatch):
+    rng = np.random.default_rng(0)
+    bits = np.zeros((3000, 256), dtype=bool)
+    for row in bits:
+        row[rng.choice(256, 4, replace=False)] = True
+    compared = []
+    monkeypatch.setattr("medim.data.duplicates.BUFFER", 10_000)
+    monkeypatch.setattr(
+        "medim.data.duplicates.near_pairs",
+        lambda *args: (compared.append(len(pairs)) or pairs for pairs in near_pairs(*args)),
+    )
+    assert duplicates(np.packbits(bits, axis=1)).tolist() == [0] * 3000
+    assert sum(compared) < 3000 * 2999 / 2 / 10
