@@ -15,28 +15,13 @@ import PIL.Image
 import pyarrow as pa
 import pytest
 import torch
-from datasets import Dataset, Features, List, Value
 
 from medim import cli
 from medim.data import inspect, page
-from medim.data.prepare import codebook_hash
+from medim.data.prepare import FEATURES, codebook_hash
 from medim.errors import UserError
 from medim.tokenization.image import VQConfig, VQTokenizer
 
-FEATURES = Features(
-    {
-        **{name: Value("string") for name in ("id", "patient_id", "source", "split", "prompt", "report")},
-        "report_ids": List(Value("uint32")),
-        "images": List(
-            {
-                **{name: Value("string") for name in ("modality", "view", "window", "sha256", "fingerprint")},
-                "spacing": List(Value("float32")),
-                "codes": List(Value("uint16")),
-                "preview": Value("binary"),
-            }
-        ),
-    }
-)
 HOSTILE = '<script>alert("x")</script> & more'
 PRINTS = np.random.default_rng(0).integers(0, 256, (10, 32), dtype=np.uint8)  # about 128 bits apart
 Row = dict[str, Any]
