@@ -15,6 +15,7 @@ import PIL.Image
 import pyarrow as pa
 import pytest
 import torch
+from datasets import Dataset
 
 from medim import cli
 from medim.data import inspect, page
