@@ -25,7 +25,6 @@ from medim.data.duplicates import RADIUS, duplicates
 from medim.data.prepare import FORMAT
 from medim.errors import UserError
 
-
 COLUMNS = ("id", "patient_id", "source", "split", "prompt", "report", "report_ids", "images")
 EXAMPLES = 5  # groups of repeats that are named, and reasons' files
 NAMED = 4  # studies of such a group

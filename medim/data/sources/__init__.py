@@ -6,9 +6,13 @@ dataclass beside its reader; on the command line they are ``key=value``.
 
 from __future__ import annotations
 
-from medim.data.sources import demo
+from medim.data.sources import demo, folder, mimic_cxr
 from medim.data.sources.base import Source
 
 __all__ = ["SOURCES", "Source"]
 
-SOURCES: dict[str, Source] = {"demo": demo.SOURCE}
+SOURCES: dict[str, Source] = {
+    "demo": demo.SOURCE,
+    "folder": folder.SOURCE,
+    "mimic-cxr": mimic_cxr.SOURCE,
+}
