@@ -6,7 +6,7 @@ dataclass beside its reader; on the command line they are ``key=value``.
 
 from __future__ import annotations
 
-from medim.data.sources import demo, folder, mimic_cxr
+from medim.data.sources import demo, folder, manifest, mimic_cxr
 from medim.data.sources.base import Source
 
 __all__ = ["SOURCES", "Source"]
@@ -14,5 +14,6 @@ __all__ = ["SOURCES", "Source"]
 SOURCES: dict[str, Source] = {
     "demo": demo.SOURCE,
     "folder": folder.SOURCE,
+    "manifest": manifest.SOURCE,
     "mimic-cxr": mimic_cxr.SOURCE,
 }
