@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from medim.errors import UserError
-from medim.pictures import Backdrop, Pixels, read_picture
+from medim.pictures import Backdrop, Pixels, name_of, read_picture
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -111,11 +111,8 @@ def prepare_image(
     backdrop: Backdrop = "black" if gray else "white"
     picture = read_picture(image, backdrop).image
     if min(picture.size) < MIN_SIDE:
-        name = image.file if isinstance(image, Pixels) else image
-        name = (getattr(name, "filename", "") or "image") if isinstance(name, PIL.Image.Image) else name
-        raise UserError(
-            f"{name} is {picture.width}x{picture.height} pixels: the shorter side must have {MIN_SIDE} or more"
-        )
+        size = f"{picture.width}x{picture.height}"
+        raise UserError(f"{name_of(image)} is {size} pixels: the shorter side must have {MIN_SIDE} or more")
     flat = (picture.convert("L") if gray else picture).convert("RGB")
     if fit == "crop":
         return PIL.ImageOps.fit(flat, (resolution, resolution), method=PIL.Image.Resampling.BICUBIC)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from medim.data.sources import dicom, nifti
 from medim.data.studies import Skipped, Study
 
 
@@ -31,4 +32,7 @@ class Source:
     layout: str
 
 
-SOURCES: dict[str, Source] = {}
+SOURCES: dict[str, Source] = {
+    "dicom": Source(dicom.read, dicom.DicomOptions, dicom.ABOUT, dicom.LAYOUT),
+    "nifti": Source(nifti.read, nifti.NiftiOptions, nifti.ABOUT, nifti.LAYOUT),
+}
