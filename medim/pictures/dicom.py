@@ -200,13 +200,13 @@ class Frame:
             from pydicom.pixels import apply_voi
 
             bits = int(dataset.VOILUTSequence[0].LUTDescriptor[2])
-            return to_8_bits(apply_voi(np.round(values).astype(np.int64), dataset), 0, 2**bits - 1), "voi lut"
+            return to_8_bits(apply_voi(np.round(values).astype(np.int64), dataset), 0.0, 2.0**bits - 1), "voi lut"
         asked = self._asked(dataset)
         if asked is not None:
             low, high, function = asked
             if function == "SIGMOID":
                 curve = 1 / (1 + np.exp(np.clip(-4 * (values - (low + high) / 2) / (high - low), -99, 99)))
-                return to_8_bits(curve, 0, 1), f"sigmoid {low:g} {high:g}"
+                return to_8_bits(curve, 0.0, 1.0), f"sigmoid {low:g} {high:g}"
             return to_8_bits(values, low, high), f"{unit} {low:g} {high:g}"
         if unit == "hu":
             low, high = parse_window("soft")
