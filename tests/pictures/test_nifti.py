@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 
 from medim.errors import UserError
 from medim.pictures import Pixels
-from medim.pictures.nifti import PLANES, Plane, Slice, read_grid, read_volume
+from medim.pictures.nifti import AXIS, PLANES, Plane, Slice, read_grid, read_volume
 
 RAS = np.diag([2.0, 3.0, 4.0, 1.0])
 
@@ -144,37 +146,38 @@ def test_files_that_hold_no_volume(tmp_path: Path) -> None:
 
 
 def colin(name: str) -> Path:
-    file = Path("/usr/share/mricron/templates") / f"{name}.nii.gz"
+    file = Path(os.environ.get("MRICRON", "/usr/share/mricron")) / "templates" / f"{name}.nii.gz"
     if not file.is_file():
-        pytest.skip("apt install mricron-data")
+        pytest.skip("apt install mricron-data, or MRICRON=FOLDER of it unpacked")
     return file
 
 
 @pytest.mark.parametrize("plane", PLANES)
-def test_named_parts_of_a_real_head_lie_where_they_belong(plane: Plane) -> None:
-    """AAL: 1, 2 precentral left and right; 43, 44 calcarine (behind); 23, 24 medial frontal; 91.. cerebellum (below)."""
-    labels = read_volume(colin("aal")).values
+def test_named_parts_of_a_real_head_lie_where_they_belong(plane: Plane, tmp_path: Path) -> None:
+    """AAL: precentral left 1 and right 2, medial frontal 23 (front), calcarine 43 (back), cerebellum 91 (below)."""
+    atlas = read_volume(colin("aal"))
 
-    def centre(*which: int) -> tuple[float, float]:
-        """(row, column) in the picture, by what is shown of a mask in the plane through its middle."""
-        x, y, z = np.nonzero(np.isin(labels, which))
-        size_x, size_y, size_z = labels.shape
-        rows = {"axial": size_y - 1 - y, "coronal": size_z - 1 - z, "sagittal": size_z - 1 - z}[plane]
-        columns = {"axial": size_x - 1 - x, "coronal": size_x - 1 - x, "sagittal": size_y - 1 - y}[plane]
-        return float(rows.mean()), float(columns.mean())
+    def centre(part: int) -> tuple[float, float]:
+        """(row, column) of a part in the picture of the slice through its middle."""
+        mask = (atlas.values == part).astype(np.uint8)
+        middle = int(np.argwhere(mask)[:, AXIS[plane]].mean())
+        picture = Slice(save(tmp_path / f"{part}.nii", mask, atlas.grid.affine), plane, middle).load()
+        row, column = np.argwhere(np.asarray(picture.image) > 127).mean(0)
+        return float(row), float(column)
 
     if plane == "sagittal":
-        assert centre(23, 24)[1] < centre(43, 44)[1]
+        assert centre(23)[1] < centre(43)[1]  # the face on the left
     else:
-        assert centre(2)[1] < centre(1)[1]
-    assert centre(23, 24)[0] < centre(43, 44)[0] if plane == "axial" else centre(1, 2)[0] < centre(91, 92)[0]
-    picture = Slice(colin("ch2"), plane, 90).load()
-    assert picture.spacing == (1, 1) and picture.window.startswith("percentile")
+        assert centre(2)[1] + 40 < centre(1)[1]  # the patient's right on the left
+    front_or_head, back_or_foot = (23, 43) if plane == "axial" else (1, 91)
+    assert centre(front_or_head)[0] + 40 < centre(back_or_foot)[0]
+    head = Slice(colin("ch2"), plane, 90).load()
+    assert head.spacing == (1, 1) and head.window.startswith("percentile")
 
 
 def test_the_mni_head_is_read() -> None:
-    pytest.importorskip("nilearn", reason="pip install nilearn==0.14.1")
-    import nilearn
-
-    file = Path(nilearn.__file__).parent / "datasets/data/mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz"
+    spec = importlib.util.find_spec("nilearn")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("pip install nilearn==0.14.1")
+    file = Path(spec.submodule_search_locations[0]) / "datasets/data/mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz"
     assert read_grid(file).shape == (197, 233, 189) and Slice(file, "axial", 94).load().image.size == (197, 233)
