@@ -56,6 +56,18 @@ class Volume:
     grid: Grid
 
     @cached_property
+    def least(self) -> float:
+        """The least finite value.
+
+        Raises:
+            UserError: no voxel is finite.
+        """
+        finite = self.values[np.isfinite(self.values)]
+        if not finite.size:
+            raise UserError(f"{self.file} holds no finite voxel (NaN everywhere): leave it out")
+        return float(finite.min())
+
+    @cached_property
     def window(self) -> tuple[float, float, str]:
         """Percentiles 0.5 and 99.5 of the finite voxels other than zero, and how to say so; least and greatest value
         if the percentiles are one, as in a mask.
@@ -63,17 +75,15 @@ class Volume:
         Raises:
             UserError: no voxel is finite, or all have one value.
         """
-        finite = self.values[np.isfinite(self.values)]
-        if not finite.size:
-            raise UserError(f"{self.file} holds no finite voxel (NaN everywhere): leave it out")
+        least, finite = self.least, self.values[np.isfinite(self.values)]
         if (inside := finite[finite != 0]).size:
             low, high = map(float, np.percentile(inside, PERCENTILES))
             if low < high:
                 return low, high, f"percentile {PERCENTILES[0]:g} {PERCENTILES[1]:g} -> {low:g} {high:g}"
-        low, high = float(finite.min()), float(finite.max())
-        if low == high:
+        most = float(finite.max())
+        if least == most:
             raise UserError(f"{self.file} holds one value everywhere: leave it out")
-        return low, high, f"range {low:g} {high:g}"
+        return least, most, f"range {least:g} {most:g}"
 
 
 @dataclass(frozen=True)

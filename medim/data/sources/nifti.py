@@ -38,7 +38,7 @@ WORDS = {  # as archives write it: modality and sequence
 ORDER = list(WORDS.values())
 NO_IMAGES = ("seg", "mask", "label", "labels")  # beside the volumes of these archives
 PATIENT = re.compile(r"(BraTS-[A-Za-z]+-\d+)-\d+|(sub-[^_]+)_.*")  # subjects that are one of several visits
-SHOWN = 0.1  # of the window: brighter pixels count as content
+SHOWN = 0.1  # of the way from black to white: what is brighter counts as content
 
 
 @options
@@ -48,8 +48,9 @@ class NiftiOptions:
     Attributes:
         plane: axial, coronal or sagittal.
         every: take every k-th slice.
-        content: least share of a slice's pixels that are brighter than a tenth of the window. The first volume of
-            each subject is decoded for it while the tree is listed; with 0, none is and empty slices come too.
+        content: least share of a slice's pixels that are more than a tenth of the way from the volume's least value
+            (of CT: the lower end of the window) to the upper end of the window. The first volume of each subject is
+            decoded for it while the tree is listed; with 0, none is and empty slices come too.
         window: of CT: lung, soft, brain, bone, or "centre width" in HU. MRI: percentiles of the volume.
         pattern: a regular expression for the path below the root, with the groups `subject` and `sequence` (a word
             such as t1, t1ce, t2, flair, pd, mr, ct), instead of the rule for names.
@@ -134,9 +135,7 @@ def _slices(
     for kind in grids:
         if kind not in shared:
             file = volumes[kind].relative_to(root).as_posix()
-            yield Skipped(
-                file, file, f"it lies on another grid than the {len(shared)} others of {subject}: resample it"
-            )
+            yield Skipped(file, file, f"it lies on another grid than others of {subject}: resample it")
     if not shared:
         return
     first = Slice(volumes[shared[0]], o.plane, 0, _window(shared[0], o))
@@ -170,7 +169,7 @@ def _window(kind: tuple[str, str], o: NiftiOptions) -> str | None:
 def _with_content(first: Slice, least: float) -> list[int]:
     """Slices of the volume in which enough is to be seen."""
     volume = read_volume(first.file)
-    low, high = parse_window(first.window) if first.window else volume.window[:2]
+    low, high = parse_window(first.window) if first.window else (volume.least, volume.window[1])
     others = tuple(axis for axis in range(3) if axis != AXIS[first.plane])
     share = (volume.values > low + SHOWN * (high - low)).mean(axis=others)
     return np.flatnonzero(share >= least).tolist()
