@@ -74,8 +74,6 @@ class VQConfig:
     fit: Fit = "crop"
 
     def __post_init__(self) -> None:
-        if self.fit not in get_args(Fit):
-            raise UserError(f"VQConfig.fit is {self.fit!r}: one of {', '.join(get_args(Fit))}")
         if self.ch % 32:
             raise UserError(f"VQConfig.ch is {self.ch}: taming's GroupNorm needs a multiple of 32")
         if self.resolution % self.downsampling:
@@ -371,6 +369,8 @@ def _config_from(values: Mapping[str, Any], where: Path) -> VQConfig:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             raise UserError(f"{where}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    if (fit := values.get("fit", "crop")) not in get_args(Fit):
+        raise UserError(f"{where}: fit is {fit!r}: one of {', '.join(get_args(Fit))}")
     typed: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
     try:
         return VQConfig(**typed)
