@@ -32,7 +32,7 @@ $(STAMP): pyproject.toml constraints.txt
 	    *) echo "make: TORCH=$(TORCH) is not one of auto, pinned, system" >&2; exit 1 ;; \
 	esac || { echo "make: no .venv was made with '$(PYTHON)' and TORCH=$$torch; remove .venv and try again with" \
 	    "another PYTHON, or with TORCH=pinned" >&2; exit 1; }
-	@$(RUN) -m pip install -q --disable-pip-version-check -c .venv/constraints.txt -e ".[train,eval,dev]"
+	@$(RUN) -m pip install -q --disable-pip-version-check -c .venv/constraints.txt -e ".[train,eval,data,dev]"
 	@# its requirements would replace torch: see pyproject.toml
 	@$(RUN) -m pip install -q --disable-pip-version-check -c .venv/constraints.txt --no-deps taming-transformers-rom1504
 	@touch $@

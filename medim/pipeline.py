@@ -26,6 +26,7 @@ from medim.given import TASKS, Draft, Given, Reader, Request, Task
 from medim.likelihood import NLL, Fit, Ranking, Scorer
 from medim.model.denoiser import BoundDenoiser
 from medim.model.medim import MeDiMModel
+from medim.pictures import Pixels
 from medim.sampling import Cost, Plan, Sampling, halton_order, sample
 from medim.template import Forbidding
 from medim.tokenization.joint import JointTokenizer
@@ -429,7 +430,7 @@ class MeDiM:
 
     def rank(
         self,
-        image: PIL.Image.Image | str | Path,
+        image: PIL.Image.Image | str | Path | Pixels,
         reports: Sequence[str],
         *,
         domain: str | None = None,

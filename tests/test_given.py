@@ -17,6 +17,8 @@ import PIL.Image
 import pytest
 import tokenizers
 import torch
+from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.uid import DigitalXRayImageStorageForPresentation, ExplicitVRLittleEndian
 from transformers import PreTrainedTokenizerFast
 
 from medim import cli
@@ -263,10 +265,65 @@ def test_codes_outside_the_mask_are_kept_exactly(
     assert len({it.codes.tobytes() for it in samples}) > 1
 
 
+@pytest.fixture(scope="module")
+def padding(tiny_model: Path) -> MeDiM:
+    """The model, its pictures padded instead of cropped."""
+    model = MeDiM.from_pretrained(tiny_model)
+    model.joint.image.config = replace(model.joint.image.config, fit="pad")
+    return MeDiM(model.model, model.joint, model.slots, model.sampling, "padding")
+
+
+def test_marks_on_padded_pictures(padding: MeDiM, files: Path) -> None:
+    """211 x 150 become 96 x 68, 14 black rows above and below: codes are squares of 16."""
+    image, box = files / "wide.png", (100, 70, 140, 90)  # rows 14 + 31.7.. to 14 + 40.8, columns 45.5 to 63.7
+    (it,) = padding.sample("inpaint", image=image, box=box, paste_back=True, seed=1)
+    expected = np.zeros((6, 6), bool)
+    expected[2:4, 2:4] = True
+    assert (it.regenerated == expected).all()
+    codes = padding.joint.image_codes(Image("xray", image)).numpy()
+    assert (it.given_codes == codes).all() and (it.codes[~expected] == codes[~expected]).all()
+    original, made = np.asarray(prepare_image(image, 96, True, "pad").convert("L")), np.asarray(it.image)
+    assert not original[:14].any() and not original[82:].any() and original[14:82].min() > 0
+    pixels = np.zeros((96, 96), bool)
+    pixels[45:55, 45:64] = True
+    assert (made[~pixels] == original[~pixels]).all() and not np.array_equal(made, original)
+    edge = padding.sample("inpaint", image=image, box=(0, 0, 20, 150))[0]  # what cropping does not see
+    assert edge.regenerated.tolist() == [[True] + [False] * 5] * 6
+    with pytest.raises(UserError, match="all of the image is marked"):
+        padding.sample("inpaint", image=image, box=(0, 0, 211, 150))
+
+
 def test_a_box_is_a_mask(model: MeDiM, files: Path) -> None:
     by_mask = model.sample("inpaint", image=files / "m.png", mask=files / "m.png", n=2)
     by_box = model.sample("inpaint", image=files / "m.png", box=(50, 20, 51, 60), n=2)
     assert essence(by_mask) == essence(by_box)
+
+
+def test_a_dicom_file_is_an_image_like_any_other(tiny_model: Path, files: Path, tmp_path: Path) -> None:
+    """The picture as MONOCHROME1: the command gives the codes of the PNG, whatever the file is called."""
+    with PIL.Image.open(files / "wide.png") as opened:
+        values = np.asarray(opened.convert("L"))
+    meta = FileMetaDataset()
+    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = DigitalXRayImageStorageForPresentation, "1.2"
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    dataset = FileDataset(None, {}, file_meta=meta, preamble=bytes(128))
+    dataset.Modality, dataset.PhotometricInterpretation, dataset.SamplesPerPixel = "DX", "MONOCHROME1", 1
+    dataset.Rows, dataset.Columns = values.shape
+    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit, dataset.PixelRepresentation = 16, 16, 15, 0
+    dataset.WindowCenter, dataset.WindowWidth = 128, 256  # 0 to 255
+    dataset.PixelData = (255 - values.astype(np.uint16)).tobytes()
+    for name in ("x.dcm", "IM0001"):
+        dataset.save_as(tmp_path / name, enforce_file_format=True)
+        out = tmp_path / f"out-{name}"
+        flags = ("--mask", files / "wide_m.png", "-n", 1, "--out", out)
+        assert run(tiny_model, "--task", "inpaint", "--image", tmp_path / name, *flags) == 0
+        (line,) = map(json.loads, (out / "manifest.jsonl").read_text().splitlines())
+        codes = MeDiM.from_pretrained(tiny_model).joint.image_codes(Image("xray", files / "wide.png")).numpy()
+        assert (np.load(out / line["codes"])["given"] == codes).all()
+    del dataset.PixelData
+    dataset.save_as(tmp_path / "empty.dcm", enforce_file_format=True)
+    with pytest.raises(UserError, match=r"empty\.dcm holds no pixels"):
+        MeDiM.from_pretrained(tiny_model).sample("report", image=tmp_path / "empty.dcm")
 
 
 def test_masks_of_any_mode_and_turned_pictures(model: MeDiM, files: Path) -> None:

@@ -11,7 +11,7 @@ from medim.pictures.dicom import Frame, is_dicom
 from medim.pictures.files import Backdrop, convert, open_file
 from medim.pictures.picture import Picture, Pixels
 
-__all__ = ["Backdrop", "Picture", "Pixels", "read_picture"]
+__all__ = ["Backdrop", "Picture", "Pixels", "name_of", "read_picture"]
 
 
 def read_picture(pixels: PIL.Image.Image | Path | Pixels, backdrop: Backdrop = "white") -> Picture:
@@ -27,7 +27,7 @@ def read_picture(pixels: PIL.Image.Image | Path | Pixels, backdrop: Backdrop = "
         UserError: see `Pixels.load`.
     """
     if isinstance(pixels, PIL.Image.Image):
-        return convert(pixels, str(getattr(pixels, "filename", "") or "image"), backdrop)
+        return convert(pixels, name_of(pixels), backdrop)
     if isinstance(pixels, Pixels):
         return pixels.load()
     if is_dicom(pixels):
@@ -35,3 +35,10 @@ def read_picture(pixels: PIL.Image.Image | Path | Pixels, backdrop: Backdrop = "
     if pixels.name.lower().endswith((".nii", ".nii.gz")):
         raise UserError(f"{pixels} is a volume: save the slice that is meant as PNG, or list slices by source nifti")
     return convert(open_file(pixels), str(pixels), backdrop)
+
+
+def name_of(pixels: PIL.Image.Image | Path | Pixels) -> str:
+    """What messages call it: its file, or ``"image"``."""
+    if isinstance(pixels, PIL.Image.Image):
+        return str(getattr(pixels, "filename", "") or "image")
+    return str(pixels.file if isinstance(pixels, Pixels) else pixels)

@@ -120,13 +120,9 @@ class Frame:
         """
         dataset = read_header(self.file)
         try:
-            stored = self._decode(dataset)
             with quiet():
-                colours = self._colours(dataset, stored)
-                if colours is not None:
-                    values, window = colours
-                else:
-                    values, window = self._gray(dataset, stored)
+                stored = self._decode(dataset)
+                values, window = self._colours(dataset, stored) or self._gray(dataset, stored)
         except DAMAGED as error:
             raise UserError(f"{self.file}: the header does not say how its pixels are to be shown") from error
         return squared(Picture(PIL.Image.fromarray(values), window, spacing_of(dataset, self.index)), self.file)
@@ -151,8 +147,7 @@ class Frame:
         if not available:
             raise UserError(f"{self.file}: transfer syntax {name} needs a decoder: {DECODERS}")
         try:
-            with quiet():
-                return pixel_array(self.file, index=self.index)
+            return pixel_array(self.file, index=self.index)
         except DAMAGED as error:
             if "no 'Pixel Data'" in str(error) or "no pixel data" in str(error).lower():
                 raise UserError(f"{self.file} holds no pixels: leave it out") from error
@@ -205,13 +200,13 @@ class Frame:
             from pydicom.pixels import apply_voi
 
             bits = int(dataset.VOILUTSequence[0].LUTDescriptor[2])
-            return to_8_bits(apply_voi(np.round(values).astype(np.int64), dataset), 0, 2**bits - 1), "voi lut"
+            return to_8_bits(apply_voi(np.round(values).astype(np.int64), dataset), 0.0, 2.0**bits - 1), "voi lut"
         asked = self._asked(dataset)
         if asked is not None:
             low, high, function = asked
             if function == "SIGMOID":
                 curve = 1 / (1 + np.exp(np.clip(-4 * (values - (low + high) / 2) / (high - low), -99, 99)))
-                return to_8_bits(curve, 0, 1), f"sigmoid {low:g} {high:g}"
+                return to_8_bits(curve, 0.0, 1.0), f"sigmoid {low:g} {high:g}"
             return to_8_bits(values, low, high), f"{unit} {low:g} {high:g}"
         if unit == "hu":
             low, high = parse_window("soft")

@@ -49,10 +49,10 @@ def convert(image: PIL.Image.Image, name: str, backdrop: Backdrop) -> Picture:
         if not np.isfinite(low + high) or low == high:
             raise UserError(f"{name} (mode {image.mode}) holds one value everywhere or values that are not finite")
         return Picture(PIL.Image.fromarray(to_8_bits(values, low, high)), f"range {low:g} {high:g}")
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", rgba.size, backdrop), rgba)
     try:
+        if image.has_transparency_data:
+            rgba = image.convert("RGBA")
+            image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", rgba.size, backdrop), rgba)
         return Picture(image.convert("L" if image.mode in ("1", "L") else "RGB"))
     except ValueError as error:
         raise UserError(f"{name} (mode {image.mode}) cannot be converted to RGB: save it as RGB") from error

@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import PIL.Image
-from jaxtyping import Num
+from jaxtyping import Float, Num
 
 from medim.errors import UserError
 from medim.pictures.picture import Picture, Spacing, squared
@@ -30,16 +30,42 @@ KEPT = 5  # decoded volumes that are kept: the sequences of one patient
 
 
 @dataclass(frozen=True)
-class Volume:
-    """A decoded volume, turned to RAS.
+class Grid:
+    """Where the voxels of a volume are, turned to RAS.
 
     Attributes:
         spacing: millimetres along each axis, or None if the header gives none.
+        affine: from voxels to millimetres, [4, 4].
     """
+
+    shape: tuple[int, int, int]
+    spacing: tuple[float, float, float] | None
+    affine: Float[np.ndarray, "4 4"]
+
+    def same(self, other: Grid) -> bool:
+        """Whether voxels of one index lie at one place, to a tenth of a millimetre."""
+        return self.shape == other.shape and bool(np.abs(self.affine - other.affine).max() < 0.1)
+
+
+@dataclass(frozen=True)
+class Volume:
+    """A decoded volume, turned to RAS."""
 
     file: Path
     values: Num[np.ndarray, "X Y Z"]
-    spacing: tuple[float, float, float] | None
+    grid: Grid
+
+    @cached_property
+    def least(self) -> float:
+        """The least finite value.
+
+        Raises:
+            UserError: no voxel is finite.
+        """
+        finite = self.values[np.isfinite(self.values)]
+        if not finite.size:
+            raise UserError(f"{self.file} holds no finite voxel (NaN everywhere): leave it out")
+        return float(finite.min())
 
     @cached_property
     def window(self) -> tuple[float, float, str]:
@@ -49,17 +75,15 @@ class Volume:
         Raises:
             UserError: no voxel is finite, or all have one value.
         """
-        finite = self.values[np.isfinite(self.values)]
-        if not finite.size:
-            raise UserError(f"{self.file} holds no finite voxel (NaN everywhere): leave it out")
+        least, finite = self.least, self.values[np.isfinite(self.values)]
         if (inside := finite[finite != 0]).size:
             low, high = map(float, np.percentile(inside, PERCENTILES))
             if low < high:
                 return low, high, f"percentile {PERCENTILES[0]:g} {PERCENTILES[1]:g} -> {low:g} {high:g}"
-        low, high = float(finite.min()), float(finite.max())
-        if low == high:
+        most = float(finite.max())
+        if least == most:
             raise UserError(f"{self.file} holds one value everywhere: leave it out")
-        return low, high, f"range {low:g} {high:g}"
+        return least, most, f"range {least:g} {most:g}"
 
 
 @dataclass(frozen=True)
@@ -94,26 +118,25 @@ class Slice:
             low, high = parse_window(self.window)
             window = f"hu {low:g} {high:g}"
         plane = np.take(volume.values, self.index, axis)[::-1, ::-1].T
-        spacing = spacing_in(self.plane, volume.spacing)
+        spacing = spacing_in(self.plane, volume.grid)
         return squared(Picture(PIL.Image.fromarray(to_8_bits(plane, low, high)), window, spacing), self.file)
 
 
-def spacing_in(plane: Plane, spacing: tuple[float, float, float] | None) -> Spacing | None:
-    """Millimetres per pixel (rows, columns) of a plane's picture."""
-    if spacing is None:
+def spacing_in(plane: Plane, grid: Grid) -> Spacing | None:
+    """Millimetres per pixel (rows, columns) of a plane's voxels."""
+    if grid.spacing is None:
         return None
-    columns, rows = (s for axis, s in enumerate(spacing) if axis != AXIS[plane])
+    columns, rows = (s for axis, s in enumerate(grid.spacing) if axis != AXIS[plane])
     return rows, columns
 
 
-def read_shape(file: Path) -> tuple[tuple[int, int, int], tuple[float, float, float] | None]:
-    """Voxels and millimetres along each axis of RAS, from the header alone.
+def read_grid(file: Path) -> Grid:
+    """Where a volume's voxels are, from the header alone.
 
     Raises:
         UserError: missing, damaged, not one volume of numbers.
     """
-    _, shape, spacing, _ = _open(file)
-    return shape, spacing
+    return _open(file)[1]
 
 
 def read_volume(file: Path) -> Volume:
@@ -132,26 +155,26 @@ def read_volume(file: Path) -> Volume:
 def _decode(file: Path, changed: int) -> Volume:
     from nibabel.orientations import apply_orientation
 
-    image, shape, spacing, orientation = _open(file)
+    image, grid, orientation = _open(file)
     try:
         values = np.asanyarray(image.dataobj)
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise UserError(f"{file}: the volume is damaged or incomplete") from error
     if values.dtype.itemsize > 4:
         values = values.astype(np.float32)
-    return Volume(file, apply_orientation(values.reshape(image.shape[:3]), orientation), spacing)
+    return Volume(file, apply_orientation(values.reshape(image.shape[:3]), orientation), grid)
 
 
-def _open(file: Path) -> tuple[Any, tuple[int, int, int], tuple[float, float, float] | None, np.ndarray]:
-    """nibabel's image, its shape and spacing in RAS, and how its axes go there."""
+def _open(file: Path) -> tuple[Any, Grid, np.ndarray]:
+    """nibabel's image, its grid in RAS, and how its axes go there."""
     try:
         import nibabel
+        from nibabel.orientations import inv_ornt_aff, io_orientation
     except ImportError as error:
         raise ImportError("NIfTI volumes need nibabel: pip install 'medim[data]'") from error
     try:
-        image: Any = nibabel.load(file)  # type: ignore[attr-defined]
-        orientation = nibabel.orientations.io_orientation(image.affine)
-        sizes = nibabel.affines.voxel_sizes(image.affine)
+        image: Any = nibabel.load(file)
+        orientation = io_orientation(image.affine)
         kind = image.get_data_dtype()
     except FileNotFoundError:
         raise UserError(f"volume {file} does not exist") from None
@@ -163,8 +186,8 @@ def _open(file: Path) -> tuple[Any, tuple[int, int, int], tuple[float, float, fl
         raise UserError(f"{file} holds {shape} values of type {kind}: a single volume of numbers is wanted; split it")
     if np.isnan(orientation).any():
         raise UserError(f"{file}: the affine of its header maps no axis to the patient; correct it")
-    axes = [int(np.flatnonzero(orientation[:, 0] == k)[0]) for k in range(3)]
-    x, y, z = (int(image.shape[axis]) for axis in axes)
-    mm = [float(sizes[axis]) for axis in axes]
+    affine = image.affine @ inv_ornt_aff(orientation, image.shape[:3])
+    x, y, z = (int(image.shape[list(orientation[:, 0]).index(k)]) for k in range(3))
+    mm = nibabel.affines.voxel_sizes(affine).tolist()
     known = all(0 < one < np.inf for one in mm)
-    return image, (x, y, z), ((mm[0], mm[1], mm[2]) if known else None), orientation
+    return image, Grid((x, y, z), (mm[0], mm[1], mm[2]) if known else None, affine), orientation

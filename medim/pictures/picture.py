@@ -52,19 +52,19 @@ class Pixels(Protocol):
 def squared(picture: Picture, file: Path) -> Picture:
     """The picture with square pixels: resampled to the finer spacing where rows and columns differ (bicubic).
 
-    A difference of up to 1 % is left alone: no eye sees it, and resampling blurs.
-
     Raises:
         UserError: one spacing is more than 50 times the other: no scanner does that.
     """
-    if picture.spacing is None:
+    if picture.spacing is None or (square := squared_spacing(picture.spacing)) == picture.spacing:
         return picture
-    rows, columns = picture.spacing
-    fine = min(rows, columns)
+    (rows, columns), fine = picture.spacing, square[0]
     if max(rows, columns) > 50 * fine:
         raise UserError(f"{file}: pixels of {rows:g} x {columns:g} mm cannot be right; correct the spacing in the file")
-    if max(rows, columns) <= 1.01 * fine:
-        return picture
     size = round(picture.image.width * columns / fine), round(picture.image.height * rows / fine)
-    image = picture.image.resize(size, PIL.Image.Resampling.BICUBIC)
-    return replace(picture, image=image, spacing=(fine, fine))
+    return replace(picture, image=picture.image.resize(size, PIL.Image.Resampling.BICUBIC), spacing=square)
+
+
+def squared_spacing(spacing: Spacing) -> Spacing:
+    """The spacing after `squared`: the finer one, twice. A difference of up to 1 % is left alone: no eye sees it."""
+    fine = min(spacing)
+    return spacing if max(spacing) <= 1.01 * fine else (fine, fine)

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from medim.errors import UserError
-from medim.pictures import Backdrop, Pixels, read_picture
+from medim.pictures import Backdrop, Pixels, name_of, read_picture
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -74,8 +74,6 @@ class VQConfig:
     fit: Fit = "crop"
 
     def __post_init__(self) -> None:
-        if self.fit not in get_args(Fit):
-            raise UserError(f"VQConfig.fit is {self.fit!r}: one of {', '.join(get_args(Fit))}")
         if self.ch % 32:
             raise UserError(f"VQConfig.ch is {self.ch}: taming's GroupNorm needs a multiple of 32")
         if self.resolution % self.downsampling:
@@ -111,11 +109,8 @@ def prepare_image(
     backdrop: Backdrop = "black" if gray else "white"
     picture = read_picture(image, backdrop).image
     if min(picture.size) < MIN_SIDE:
-        name = image.file if isinstance(image, Pixels) else image
-        name = (getattr(name, "filename", "") or "image") if isinstance(name, PIL.Image.Image) else name
-        raise UserError(
-            f"{name} is {picture.width}x{picture.height} pixels: the shorter side must have {MIN_SIDE} or more"
-        )
+        size = f"{picture.width}x{picture.height}"
+        raise UserError(f"{name_of(image)} is {size} pixels: the shorter side must have {MIN_SIDE} or more")
     flat = (picture.convert("L") if gray else picture).convert("RGB")
     if fit == "crop":
         return PIL.ImageOps.fit(flat, (resolution, resolution), method=PIL.Image.Resampling.BICUBIC)
@@ -374,6 +369,8 @@ def _config_from(values: Mapping[str, Any], where: Path) -> VQConfig:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             raise UserError(f"{where}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    if (fit := values.get("fit", "crop")) not in get_args(Fit):
+        raise UserError(f"{where}: fit is {fit!r}: one of {', '.join(get_args(Fit))}")
     typed: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
     try:
         return VQConfig(**typed)

@@ -137,6 +137,7 @@ def edit_config(folder: Path, **changes: object) -> None:
         (lambda folder: edit_config(folder, n_embed=65), r"embedding.weight is \[64, 4\]"),
         (lambda folder: edit_config(folder, num_res_blocks=2), "lacks"),
         (lambda folder: edit_config(folder, ch=33), "multiple of 32"),
+        (lambda folder: edit_config(folder, fit="stretch"), "fit is 'stretch': one of crop, pad"),
     ],
 )
 def test_damaged_folders(tokenizer: VQTokenizer, tmp_path: Path, damage: object, message: str) -> None:
@@ -144,6 +145,30 @@ def test_damaged_folders(tokenizer: VQTokenizer, tmp_path: Path, damage: object,
     damage(tmp_path)  # type: ignore[operator]
     with pytest.raises(UserError, match=message):
         VQTokenizer.from_pretrained(tmp_path)
+
+
+def test_how_pictures_are_fitted_travels_with_the_tokenizer(tokenizer: VQTokenizer, tmp_path: Path) -> None:
+    """A config.json that does not say it, as those of before, means crop."""
+    wide = picture(5, "L", (64, 32))
+    tokenizer.save_pretrained(tmp_path / "crop")
+    values = json.loads((tmp_path / "crop" / "config.json").read_text())
+    assert values.pop("fit") == "crop"
+    (tmp_path / "crop" / "manifest.json").unlink()
+    (tmp_path / "crop" / "config.json").write_text(json.dumps(values))
+    cropping = VQTokenizer.from_pretrained(tmp_path / "crop")
+    assert (
+        cropping.config == SMALL and cropping.prepare(wide, True).tobytes() == prepare_image(wide, 32, True).tobytes()
+    )
+    padding = VQTokenizer(replace(SMALL, fit="pad")).eval()
+    padding.load_state_dict(tokenizer.state_dict())
+    padding.save_pretrained(tmp_path / "pad")
+    padding = VQTokenizer.from_pretrained(tmp_path / "pad")
+    assert padding.config.fit == "pad"
+    prepared = padding.prepare(wide, gray=True)
+    assert not np.asarray(prepared)[:8].any() and not np.asarray(prepared)[24:].any()
+    assert padding.encode(wide, gray=True).equal(padding.encode(prepared))
+    assert not padding.encode(wide).equal(padding.encode(prepared))  # white border
+    assert not padding.encode(prepared).equal(cropping.encode(wide))
 
 
 # taming checkpoints -----------------------------------------------------------------------------------------

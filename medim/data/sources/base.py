@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from medim.data.studies import Skipped, Study
+from medim.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -29,10 +31,38 @@ class Source:
     layout: str
 
 
-def split_of(patient_id: str) -> str:
-    """The split of a patient where a source names none: by hash, 80 percent train, 10 validation, 10 test."""
-    part = int.from_bytes(hashlib.sha256(patient_id.encode()).digest()[:8], "big") % 10
-    return "test" if part == 0 else "validation" if part == 1 else "train"
+def files_under(root: Path) -> Iterator[Path]:
+    """Every file under `root`, folder by folder in the order of their names; hidden ones are left out.
+
+    Raises:
+        UserError: `root` is no folder.
+    """
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder")
+    for folder, folders, names in os.walk(root):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(folder, name) for name in sorted(names) if not name.startswith("."))
+
+
+def split_of(patient: str, validation: float = 0.1, test: float = 0.1) -> str:
+    """The split that a patient always falls into, by the hash of a name that need not be kept.
+
+    Example:
+        >>> {split_of(str(i)) for i in range(50)} == {"train", "validation", "test"}
+        True
+    """
+    share = int.from_bytes(hashlib.sha256(f"split {patient}".encode()).digest()[:8], "big") / 2**64
+    return "test" if share < test else "validation" if share < test + validation else "train"
+
+
+def check_shares(validation: float, test: float) -> None:
+    """Check the shares of the splits.
+
+    Raises:
+        UserError: one is negative, or nothing is left to train on.
+    """
+    if min(validation, test) < 0 or validation + test >= 1:
+        raise UserError(f"validation={validation:g} test={test:g}: shares of at least 0 that leave some to train on")
 
 
 def unique(found: Iterable[Study | Skipped]) -> Iterator[Study | Skipped]:
@@ -48,9 +78,9 @@ def unique(found: Iterable[Study | Skipped]) -> Iterator[Study | Skipped]:
 
 
 def read_text(path: Path) -> str:
-    """A text file: UTF-8 with or without a byte order mark, else Windows-1252; line ends as they come."""
+    """A text file without the space around it: UTF-8 with or without a byte order mark, else Windows-1252."""
     raw = path.read_bytes()
     try:
-        return raw.decode("utf-8-sig")
+        return raw.decode("utf-8-sig").strip()
     except UnicodeDecodeError:
-        return raw.decode("cp1252", errors="replace")
+        return raw.decode("cp1252", errors="replace").strip()

@@ -63,7 +63,7 @@ def _pair(root: Path, folder: Path, path: Path, text: str | None, id: str, choic
     if text is None:
         return Skipped(id, place.as_posix(), f"no {path.stem}.txt beside it")
     above = [part.lower() for part in (*place.parts[:-1][::-1], root.name)]
-    modality = choice.modality or next((found for part in above if (found := _modality(part))), "")
+    modality: str = choice.modality or next((found for part in above if (found := _modality(part))), "")
     if not modality:
         return Skipped(
             id, place.as_posix(), "which modality? give --modality, or name a folder xray, pathology, ct, mri"

@@ -20,7 +20,7 @@ ROWS = (  # dicom, study, subject, split, view
     ("d5", "50000003", "11000040", "validate", "PA"),
     ("d6", "50000004", "11000040", "test", "AP"),
 )
-REPORT = " FINDINGS: Heart normal.\n\n IMPRESSION: Clear."
+REPORT = "FINDINGS: Heart normal.\n\n IMPRESSION: Clear."
 
 
 @pytest.fixture(params=[True, False], ids=["gzipped", "plain"])
