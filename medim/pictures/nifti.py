@@ -117,7 +117,7 @@ class Slice:
         else:
             low, high = parse_window(self.window)
             window = f"hu {low:g} {high:g}"
-        plane = np.take(volume.values, self.index, axis)[::-1, ::-1].T
+        plane = np.moveaxis(volume.values, axis, 0)[self.index, ::-1, ::-1].T
         spacing = spacing_in(self.plane, volume.grid)
         return squared(Picture(PIL.Image.fromarray(to_8_bits(plane, low, high)), window, spacing), self.file)
 

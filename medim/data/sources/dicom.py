@@ -43,6 +43,7 @@ OTHERS = {
     "PT": "PET is not one of the modalities",
     "SEG": "a segmentation is no image",
 }
+SECONDARY = "1.2.840.10008.5.1.4.1.1.7"  # storage classes of secondary captures
 SEQUENCES = (
     ("", r"t2\s*(\*|star)|swi|dwi|adc|trace|localizer|scout|survey"),  # named like others, and none of them
     ("flair", r"flair|tirm|dark.?fluid"),
@@ -53,7 +54,8 @@ SEQUENCES = (
 )
 PLANES = ("sagittal", "coronal", "axial")  # by the axis that the plane's normal is nearest to
 TAGS = [
-    *("Modality", "ImageType", "PatientID", "IssuerOfPatientID", "StudyInstanceUID", "SeriesInstanceUID"),
+    *("Modality", "ImageType", "SOPClassUID", "BurnedInAnnotation", "PatientID", "IssuerOfPatientID"),
+    *("StudyInstanceUID", "SeriesInstanceUID"),
     *("SOPInstanceUID", "InstanceNumber", "ViewPosition", "SeriesDescription", "ProtocolName", "SequenceName"),
     *("ContrastBolusAgent", "ImageOrientationPatient", "ImagePositionPatient", "PixelSpacing", "ImagerPixelSpacing"),
     *("Rows", "Columns", "NumberOfFrames", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
@@ -167,6 +169,10 @@ def _read_tags(file: Path, dataset: Dataset) -> Instance:
         raise _Unusable(OTHERS.get(code, "its modality is none of CR, DX, CT, MR"))
     if not dataset.get("Rows") or not dataset.get("Columns"):
         raise _Unusable("it holds no pixels")
+    if str(dataset.get("SOPClassUID") or "").startswith(SECONDARY):
+        raise _Unusable("it is a secondary capture: a picture of a screen, as a rule with text")
+    if dataset.get("BurnedInAnnotation") == "YES":
+        raise _Unusable("its header says that text is burned into its pixels")
     if "LOCALIZER" in (dataset.get("ImageType") or ()):
         raise _Unusable("it is a localizer: it only shows where the slices of a series are")
     study = str(dataset.get("StudyInstanceUID") or "")

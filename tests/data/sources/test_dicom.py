@@ -178,6 +178,8 @@ def test_what_is_no_image_is_skipped_with_its_reason(tmp_path: Path) -> None:
     write(tmp_path / "odd", Modality="DOE")
     write(tmp_path / "dry", Rows=None)
     write(tmp_path / "scout", Modality="CT", ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
+    write(tmp_path / "screen", Modality="CT", SOPClassUID="1.2.840.10008.5.1.4.1.1.7")
+    write(tmp_path / "burned", BurnedInAnnotation="YES")
     write(tmp_path / "lost", StudyInstanceUID=None)
     (tmp_path / "text.dcm").write_text("no DICOM")
     (tmp_path / "torn.dcm").write_bytes((tmp_path / "good").read_bytes()[:140])
@@ -186,7 +188,8 @@ def test_what_is_no_image_is_skipped_with_its_reason(tmp_path: Path) -> None:
     assert len(studies) == 1
     told = {
         "good": "same image", "us": "ultrasound", "sr": r"put its text beside", "odd": "none of CR, DX, CT, MR",
-        "dry": "no pixels", "scout": "localizer", "lost": "which study", "text.dcm": "no DICOM", "torn.dcm": "",
+        "dry": "no pixels", "scout": "localizer", "lost": "which study", "screen": "secondary capture",
+        "burned": "burned into", "text.dcm": "no DICOM", "torn.dcm": "",
     }  # fmt: skip
     assert skipped.keys() == told.keys() and all(words in skipped[name] for name, words in told.items())
     with pytest.raises(UserError, match="no such folder"):
