@@ -19,7 +19,7 @@ import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import PIL.Image
@@ -57,6 +57,8 @@ class VQConfig:
         patch: side of the square of pixels folded into channels before the encoder and unfolded after the decoder; 1 is
             taming's, 2 costs a quarter at the first level and halves the grid once more.
     """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # as `medim.config.options`
 
     resolution: int = 96
     ch: int = 32
