@@ -22,7 +22,7 @@ CHECK = """Load an image tokenizer, say what it is, and send pictures through it
 
   medim tokenizer check demo                                        # the shipped one
   medim tokenizer check runs/vq/final --image a.png --image b.png
-  medim tokenizer check vqgan.ckpt --config vqgan.yaml --save DIR   # taming's or Chameleon's; DIR becomes a folder of ours
+  medim tokenizer check vqgan.ckpt --config vqgan.yaml --save DIR   # taming's or Chameleon's, kept as a folder of ours
 
 Without --image the pictures are held-out embedded ones. A checkpoint's pickled classes are never run."""
 

@@ -236,7 +236,6 @@ class VQRun:
         config, o = self.config, self.config.codebook
         rate = learning_rate(step, config.train)
         self.optimizer.param_groups[0]["lr"] = rate
-        quantises = config.init is not None or step >= o.start
         if config.init is None and step == o.start:
             self._start_codebook(step)
         with self.accelerator.autocast():
@@ -260,12 +259,16 @@ class VQRun:
             figures["discriminator"] = self._teach_discriminator(pixels, again.detach(), rate)
         if codes is not None:
             vectors = latent.detach().float().permute(0, 2, 3, 1).flatten(0, 2)
-            figures["use"] = self.codebook.update(vectors, codes.flatten())
+            self.codebook.update(vectors, codes.flatten())
             if step % o.restart_every == 0 and step < o.restart_until * config.train.steps:
                 self.codebook.restart_dead(vectors, config.seed + step)
         self.ema.update(self.model, step + 1)
         self.ema.weights[CODEBOOK].copy_(self.model.quantize.embedding.weight)  # an average already
         return {"loss": loss.detach(), "commitment": commitment.detach(), **figures}
+
+    def quantises(self, step: int) -> bool:
+        """Whether there is a codebook after `step` updates."""
+        return self.config.init is not None or step >= self.config.codebook.start
 
     def _reconstruction(self, again: Tensor, pixels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         o = self.config.loss
@@ -394,20 +397,16 @@ class VQRun:
 class _Log(Meter):
     """The run's log: a line a logged step, and one for each evaluation."""
 
-    use: Tensor | None = None
-
-    def steps(self, step: int, figures: dict[str, Tensor], rate: float, size: int) -> float:
-        """Write the figures of one step; returns its loss."""
-        use = figures.pop("use", None)
+    def steps(self, step: int, figures: dict[str, Tensor], rate: float, use: Tensor | None) -> float:
+        """Write the figures of one step; returns its loss. `use` is the codebook's `counts`, once there is one."""
         row: dict[str, Any] = {"step": step} | {name: round(float(value), 6) for name, value in figures.items()}
         row["psnr"] = round(10 * math.log10(4 / max(row["mse"], 1e-12)), 3)
         if use is not None:
-            self.use = use if self.use is None else self.use.lerp(use, 0.2)
-            row |= {"codes": int((self.use > 0.01).sum()), "perplexity": round(perplexity(self.use), 1)}
+            row |= {"codes": int((use > 0.01).sum()), "perplexity": round(perplexity(use), 1)}
         if self.enabled:
             self.write(row | {"lr": rate})
             self.bar.update(step - self.bar.n)
-            shown = {"PSNR": f"{row['psnr']:.2f}", "codes": f"{row.get('codes', 0)}/{size}"}
+            shown = {"PSNR": f"{row['psnr']:.2f}", "codes": f"{row.get('codes', 0)}"}
             self.bar.set_postfix(shown | {"loss": f"{row['loss']:.4f}"}, refresh=False)
             if self.board is not None:
                 for key in row.keys() - {"step"}:
@@ -442,9 +441,8 @@ def train_vq(config: VQRunConfig, resolved: str, command: str = "") -> Path:
             figures = run.step(step - 1, pixels)
             stop = False
             if step % o.log_every == 0 or step == o.steps:
-                loss = log.steps(
-                    step, _mean(run.accelerator, figures), learning_rate(step - 1, o), config.model.n_embed
-                )
+                use = run.codebook.counts if run.quantises(step - 1) else None
+                loss = log.steps(step, _mean(run.accelerator, figures), learning_rate(step - 1, o), use)
                 if not math.isfinite(loss):
                     raise UserError(f"step {step}: the loss is {loss}; lower train.lr and start a new run_dir")
                 stop = _any_process(run.accelerator, asked())
@@ -476,7 +474,6 @@ def _steps(run: VQRun) -> Iterator[tuple[int, Tensor]]:
 
 
 def _mean(accelerator: Accelerator, figures: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The mean over processes; `use` is everyone's already."""
-    names = [name for name in figures if name != "use"]
-    values = accelerator.reduce(torch.stack([figures[name].detach().float() for name in names]), "mean")
-    return dict(zip(names, values.cpu(), strict=True)) | {k: v for k, v in figures.items() if k == "use"}
+    """The mean over processes."""
+    values = accelerator.reduce(torch.stack([value.detach().float() for value in figures.values()]), "mean")
+    return dict(zip(figures, values.cpu(), strict=True))

@@ -17,6 +17,8 @@ from medim.training.codebook import perplexity
 from medim.training.vq_losses import EfficientNetFeatures
 from medim.vocabulary import MODALITIES
 
+Figures = dict[str, int | float]
+
 BATCH = 16
 FRECHET_IMAGES = 128  # with fewer the covariance of 1280 features says nothing
 SHOWN = 8
@@ -26,14 +28,15 @@ GAP = 2  # pixels
 @torch.no_grad()
 def evaluate(
     model: VQTokenizer, pictures: Mapping[str, Sequence[PIL.Image.Image]], frechet: bool = False
-) -> dict[str, dict[str, float]]:
+) -> dict[str, Figures]:
     """By modality and for "all": images, PSNR in dB and SSIM (means over 8-bit pictures), codes used, perplexity.
 
     Gray modalities are compared in gray. PSNR of equal pictures counts as 100 dB. FID_EffLite0, the Fréchet distance of
     EfficientNet-lite0's features, is there if `frechet`, the package is installed and there are enough pictures.
     """
     features = _features(model) if frechet else None
-    results, total = {}, torch.zeros(model.codebook_size, dtype=torch.double)
+    results: dict[str, Figures] = {}
+    total = torch.zeros(model.codebook_size, dtype=torch.double)
     for name, originals in pictures.items():
         codes, again = round_trip(model, originals, MODALITIES[name].gray)
         real = [image.convert("L") if MODALITIES[name].gray else image for image in originals]
@@ -64,7 +67,7 @@ def round_trip(
     return codes, again
 
 
-def _use(use: torch.Tensor) -> dict[str, float]:
+def _use(use: torch.Tensor) -> Figures:
     return {"codes_used": int((use > 0).sum()), "perplexity": round(perplexity(use), 1)}
 
 
