@@ -241,7 +241,7 @@ class VQRun:
         with self.accelerator.autocast():
             latent = self.model.pixels_to_latent(pixels)
             quantized, commitment, codes = latent, latent.new_zeros(()).float(), None
-            if quantises:
+            if self.quantises(step):
                 quantized, commitment, codes = self.model.quantize_latent(latent)
             again = self.model.latent_to_pixels(quantized)
         again = again.float()
