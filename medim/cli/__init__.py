@@ -1,4 +1,7 @@
-"""The `medim` command, and what `train.py` and `sample.py` call. Heavy imports come after the arguments are read."""
+"""The `medim` command, and what `train.py`, `sample.py` and `tokenizers/train_vq.py` call.
+
+Heavy imports come after the arguments are read.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,11 @@ from medim.cli.inspection import inspect
 from medim.cli.preparation import prepare
 from medim.cli.sampling import sample
 from medim.cli.scoring import score
+from medim.cli.tokenizers import tokenizer, train_vq
 from medim.cli.training import train
 from medim.errors import UserError
 
-__all__ = ["inspect", "main", "prepare", "run", "sample", "score", "train"]
+__all__ = ["inspect", "main", "prepare", "run", "sample", "score", "tokenizer", "train", "train_vq"]
 
 
 def run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
@@ -40,13 +44,14 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "prepare": (prepare, "encode studies once, before training"),
     "inspect": (inspect, "what is in a prepared dataset, and what is wrong with it"),
     "score": (score, "bits that a model needs for each study; which report fits"),
+    "tokenizer": (tokenizer, "check an image tokenizer, ours or a published one"),
 }
 
 
 def _medim(argv: Sequence[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print("medim COMMAND ...: unified generation of medical images and reports\n")
-        print("\n".join(f"  medim {name:9}{text}" for name, (_, text) in COMMANDS.items()))
+        print("\n".join(f"  medim {name:11}{text}" for name, (_, text) in COMMANDS.items()))
         print("\n`medim COMMAND --help` teaches one. Benchmarks: python -m eval.run --help")
         return 0
     if argv[0] not in COMMANDS:

@@ -19,7 +19,7 @@ import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import PIL.Image
@@ -60,6 +60,8 @@ class VQConfig:
             taming's, 2 costs a quarter at the first level and halves the grid once more.
         fit: how a picture that is not square is prepared: the centre of it, or all of it with a border.
     """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # as `medim.config.options`
 
     resolution: int = 96
     ch: int = 32
