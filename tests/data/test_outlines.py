@@ -52,6 +52,6 @@ def test_the_phantom_is_drawn_in_real_outlines(archive: None) -> None:
 
 
 def test_without_the_package_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outlines, "find_spec", lambda name: None)
+    monkeypatch.setattr(outlines, "file_of", lambda package, name: None)
     with pytest.raises(UserError, match="pip install --no-deps torchxrayvision"):
         outlines.lung_pairs(96)

@@ -6,7 +6,7 @@ dataclass beside its reader; on the command line they are ``--name value``.
 
 from __future__ import annotations
 
-from medim.data.sources import demo, dicom, folder, manifest, mimic_cxr, nifti
+from medim.data.sources import demo, dicom, folder, manifest, mimic_cxr, nifti, open_i, pathgen
 from medim.data.sources.base import Source
 
 __all__ = ["SOURCES", "Source"]
@@ -16,6 +16,8 @@ SOURCES: dict[str, Source] = {
     "folder": folder.SOURCE,
     "manifest": manifest.SOURCE,
     "mimic-cxr": mimic_cxr.SOURCE,
+    "open-i": open_i.SOURCE,
+    "pathgen": pathgen.SOURCE,
     "dicom": dicom.SOURCE,
     "nifti": nifti.SOURCE,
 }

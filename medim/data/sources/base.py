@@ -69,11 +69,12 @@ def unique(found: Iterable[Study | Skipped]) -> Iterator[Study | Skipped]:
     """The same, but a study whose id came before is skipped."""
     seen: set[bytes] = set()
     for one in found:
-        key = hashlib.sha256(one.id.encode()).digest()[:12]
-        if isinstance(one, Study) and key in seen:
-            yield Skipped(one.id, "", "a study of this id came before")
-            continue
-        seen.add(key)
+        if isinstance(one, Study):
+            key = hashlib.sha256(one.id.encode()).digest()[:12]
+            if key in seen:
+                yield Skipped(one.id, "", "a study of this id came before")
+                continue
+            seen.add(key)
         yield one
 
 

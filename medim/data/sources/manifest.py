@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +9,12 @@ from typing import Any
 from medim.config import options
 from medim.data.sources.base import Source, split_of, unique
 from medim.data.sources.folder import SPLITS
+from medim.data.sources.tables import rows
 from medim.data.studies import Image, Skipped, Study
 from medim.errors import UserError
 from medim.vocabulary import MODALITIES
 
 COLUMNS = ("id", "image", "report", "modality", "view", "patient", "split", "prompt")
-BATCH = 1024  # rows of a Parquet file in memory
 
 
 @options
@@ -53,7 +51,7 @@ def read(root: Path, choice: ManifestOptions) -> Iterator[Study | Skipped]:
 
 def _studies(root: Path, folder: Path, names: Mapping[str, str], choice: ManifestOptions) -> Iterator[Study | Skipped]:
     checked = False
-    for number, row in enumerate(_rows(root), start=1):
+    for number, row in enumerate(rows(root), start=1):
         if isinstance(row, str):
             yield Skipped(f"row {number}", root.name, row)
             continue
@@ -107,39 +105,6 @@ def _study(
     )
     chosen = SPLITS[split] if split else split_of(patient)
     return Study(id, patient, images, text("report"), text("prompt"), chosen, "manifest")
-
-
-def _rows(root: Path) -> Iterator[dict[str, Any] | str]:
-    """Rows of a table; a line that is none is what is wrong with it."""
-    ending = root.suffix.lower()
-    if not root.is_file() or ending not in (".jsonl", ".json", ".csv", ".tsv", ".parquet"):
-        raise UserError(f"{root}: give a table, .jsonl, .csv, .tsv or .parquet")
-    if ending == ".parquet":
-        import pyarrow as pa
-        import pyarrow.parquet
-
-        try:
-            with pyarrow.parquet.ParquetFile(root) as file:
-                for batch in file.iter_batches(BATCH):
-                    yield from batch.to_pylist()
-        except pa.ArrowException as error:
-            raise UserError(f"{root}: no Parquet file ({' '.join(str(error).split())})") from None
-        return
-    with root.open(encoding="utf-8-sig", newline="", errors="replace") as lines:
-        if ending in (".csv", ".tsv"):
-            yield from csv.DictReader(lines, delimiter="\t" if ending == ".tsv" else ",")
-            return
-        for line in lines:
-            if line.strip():
-                yield _object(line)
-
-
-def _object(line: str) -> dict[str, Any] | str:
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        return f"not JSON ({error})"
-    return value if isinstance(value, dict) else "not a JSON object"
 
 
 SOURCE = Source(
