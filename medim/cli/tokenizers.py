@@ -104,7 +104,7 @@ def _check(argv: Sequence[str]) -> int:
     else:
         for name, study in embedded.DOMAINS.items():
             found = (study(0, index, "test").images[0].pixels for index in range(EMBEDDED))
-            pictures[name] = [prepare_image(one, c.resolution, MODALITIES[name].gray) for one in found]  # type: ignore[arg-type]
+            pictures[name] = [prepare_image(one, c.resolution, MODALITIES[name].gray) for one in found]
     rows = evaluate(model, pictures)
     names = {name: "images" if args.image else name for name in pictures}
     for key, name in names.items():

@@ -41,7 +41,8 @@ class Region:
         width, height = slide.dimensions
         if self.x < 0 or self.y < 0 or self.x + self.side > width or self.y + self.side > height:
             raise UserError(
-                f"{self.file}: {self.side} pixels from column {self.x}, row {self.y} are not inside its {width}x{height}"
+                f"{self.file}: {self.side} pixels from column {self.x}, row {self.y} are not inside its "
+                f"{width}x{height}"
             )
         try:
             rgba = slide.read_region((self.x, self.y), 0, (self.side, self.side))

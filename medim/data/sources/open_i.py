@@ -141,9 +141,7 @@ def _report(raw: bytes, name: str) -> _Report | Skipped:
 
 def _views(root: Path) -> dict[str, str]:
     """The view of each image whose header has one."""
-    table = next(
-        (path for path in (root / VIEWS, file_of("torchxrayvision", f"data/{VIEWS}")) if path and path.is_file()), None
-    )
+    table = root / VIEWS if (root / VIEWS).is_file() else file_of("torchxrayvision", f"data/{VIEWS}")
     if table is None:
         return {}
     with gzip.open(table, "rt", encoding="utf-8", newline="") as file:

@@ -54,14 +54,12 @@ def read(root: Path, choice: PathGenOptions) -> Iterator[Study | Skipped]:
     if choice.side < 1:
         raise UserError(f"--side {choice.side}: at least one pixel")
     table = Path(choice.table) if choice.table else _table(root)
-    folders = {
-        name: Path(given) if given else root for name, given in (("tiles", choice.tiles), ("slides", choice.slides))
-    }
-    for name, folder in folders.items():
+    tiles, whole = (Path(given) if given else root for given in (choice.tiles, choice.slides))
+    for name, folder in (("tiles", tiles), ("slides", whole)):
         if not folder.is_dir():
             raise UserError(f"--{name} {folder}: no such folder")
-    slides = {path.stem.lower(): path for path in files_under(folders["slides"]) if path.suffix.lower() in SLIDES}
-    return unique(_studies(table, folders["tiles"], slides, choice))
+    slides = {path.stem.lower(): path for path in files_under(whole) if path.suffix.lower() in SLIDES}
+    return unique(_studies(table, tiles, slides, choice))
 
 
 def _table(root: Path) -> Path:
