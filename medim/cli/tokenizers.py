@@ -85,7 +85,6 @@ def _check(argv: Sequence[str]) -> int:
 
     from medim.data import embedded
     from medim.data.prepare import codebook_hash
-    from medim.tokenization.image import prepare_image
     from medim.training.vq_evaluation import evaluate, round_trip, tiled
     from medim.vocabulary import MODALITIES
 
@@ -100,11 +99,11 @@ def _check(argv: Sequence[str]) -> int:
     pictures: dict[str, list[PIL.Image.Image]] = {}
     if args.image:
         kind = "xray" if args.gray else "pathology"
-        pictures[kind] = [prepare_image(Path(file), c.resolution, gray=args.gray) for file in args.image]
+        pictures[kind] = [model.prepare(file, args.gray) for file in args.image]
     else:
         for name, study in embedded.DOMAINS.items():
             found = (study(0, index, "test").images[0].pixels for index in range(EMBEDDED))
-            pictures[name] = [prepare_image(one, c.resolution, MODALITIES[name].gray) for one in found]
+            pictures[name] = [model.prepare(one, MODALITIES[name].gray) for one in found]
     rows = evaluate(model, pictures)
     names = {name: "images" if args.image else name for name in pictures}
     for key, name in names.items():
@@ -148,7 +147,7 @@ def _swap(argv: Sequence[str]) -> int:
     if Path(args.out).exists() and any(Path(args.out).iterdir()):
         raise UserError(f"--out {args.out}: is not empty")
     model, image = MeDiM.from_pretrained(args.model), VQTokenizer.from_pretrained(args.tokenizer)
-    pictures = open_pictures(PictureOptions(args.source, args.root), image.config.resolution, seed=0)
+    pictures = open_pictures(PictureOptions(args.source, args.root), image.config.resolution, 0, image.config.fit)
     steps = tqdm(range(-(-args.pictures // 20)), desc="comparing", unit="batch")
     counts = shared_places(model.joint.image, image, (pictures.batch(step, range(20)) for step in steps))
     swap_image_tokenizer(model, image, counts).save_pretrained(args.out)

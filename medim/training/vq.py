@@ -191,7 +191,7 @@ class VQRun:
             raise UserError(f"train.batch_size={o.batch_size} is not shared evenly by {world} processes")
         self.run_dir = Path(config.run_dir)
         self.slots = range(rank * o.batch_size // world, (rank + 1) * o.batch_size // world)
-        self.pictures = open_pictures(config.data, config.model.resolution, config.seed)
+        self.pictures = open_pictures(config.data, config.model.resolution, config.seed, config.model.fit)
         found = latest_checkpoint(self.run_dir / "checkpoints")
         if found is not None and not _same_config(self.run_dir, resolved):
             raise UserError(

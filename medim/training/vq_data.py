@@ -21,8 +21,7 @@ from medim.data.embedded import DOMAINS
 from medim.data.sources import SOURCES
 from medim.data.studies import Image, Study
 from medim.errors import UserError
-from medim.pictures import Pixels
-from medim.tokenization.image import image_to_tensor, prepare_image
+from medim.tokenization.image import Fit, image_to_tensor, prepare_image
 from medim.vocabulary import MODALITIES
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp")
@@ -67,6 +66,7 @@ class Pictures:
 
     options: PictureOptions
     resolution: int
+    fit: Fit
     seed: int
     draw: Callable[[np.random.Generator], Image]
     held_out: Callable[[int], dict[str, list[Image]]]
@@ -83,7 +83,7 @@ class Pictures:
             image = self.draw(rng)
             mirrored, turns = bool(rng.integers(2)), int(rng.integers(4))
             try:
-                made = prepared(image, self.resolution)
+                made = self._prepared(image)
             except UserError as error:
                 problem = error
                 warnings.warn(f"left out: {error}", stacklevel=2)
@@ -103,30 +103,23 @@ class Pictures:
         for modality, images in self.held_out(count).items():
             for image in images:
                 try:
-                    made.setdefault(modality, []).append(prepared(image, self.resolution))
+                    made.setdefault(modality, []).append(self._prepared(image))
                 except UserError as error:
                     warnings.warn(f"left out: {error}", stacklevel=2)
         return made
 
-
-def prepared(image: Image, resolution: int) -> PIL.Image.Image:
-    """An image as the tokenizer sees it.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    pixels = image.pixels.load().image if isinstance(image.pixels, Pixels) else image.pixels
-    return prepare_image(pixels, resolution, gray=MODALITIES[image.modality].gray)
+    def _prepared(self, image: Image) -> PIL.Image.Image:
+        return prepare_image(image.pixels, self.resolution, MODALITIES[image.modality].gray, self.fit)
 
 
-def open_pictures(o: PictureOptions, resolution: int, seed: int) -> Pictures:
+def open_pictures(o: PictureOptions, resolution: int, seed: int, fit: Fit = "crop") -> Pictures:
     """The pictures of a source.
 
     Raises:
         UserError: the source is not known, its root or an option is wrong, or it holds no pictures.
     """
     if o.source == "demo":
-        return Pictures(o, resolution, seed, _draw_embedded, lambda count: _held_out_embedded(seed, count))
+        return Pictures(o, resolution, fit, seed, _draw_embedded, lambda count: _held_out_embedded(seed, count))
     if o.source != "images" and o.source not in SOURCES:
         raise UserError(f"data.source={o.source}: unknown; one of {', '.join(('demo', 'images', *SOURCES))}")
     if o.root is None or not Path(o.root).exists():
@@ -140,7 +133,12 @@ def open_pictures(o: PictureOptions, resolution: int, seed: int) -> Pictures:
     if o.limit:
         train = [train[i] for i in np.random.default_rng(seed).permutation(len(train))[: o.limit]]
     return Pictures(
-        o, resolution, seed, lambda rng: train[rng.integers(len(train))], lambda count: _by_modality(test, count, seed)
+        o,
+        resolution,
+        fit,
+        seed,
+        lambda rng: train[rng.integers(len(train))],
+        lambda count: _by_modality(test, count, seed),
     )
 
 
