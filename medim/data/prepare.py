@@ -306,11 +306,12 @@ def _load(found: Found, how: Encoding) -> _Loaded | Skipped:
             prepared.append(prepare_image(picture.image, config.resolution, gray, config.fit))
             images.append((image, picture, _hash(image)))
         except (UserError, OSError) as error:
-            broken.append(_Broken(study.id, file.name if file else "", " ".join(str(error).split())))
+            name = file.name if file else ""
+            reason = " ".join(str(error).split()).replace(str(file), name)  # the same wherever the archive lies
+            broken.append(_Broken(study.id, name, reason))
     report = prepare_report(study.report, how.reports)
     if not images:
-        said = broken[0] if broken else Skipped(study.id, "", "no image")
-        return said
+        return broken[0] if broken else Skipped(study.id, "", "no image")
     if not report and len(images) < 2:
         return Skipped(study.id, "", "no report, and fewer than two images")
     return _Loaded(study, report, images, prepared, broken)

@@ -61,7 +61,7 @@ def _pairs(root: Path, choice: FolderOptions) -> Iterator[Study | Skipped]:
 def _pair(root: Path, folder: Path, path: Path, text: str | None, id: str, choice: FolderOptions) -> Study | Skipped:
     place = path.relative_to(root)
     if text is None:
-        return Skipped(id, place.as_posix(), f"no {path.stem}.txt beside it")
+        return Skipped(id, place.as_posix(), f"{path.stem}.txt is missing")
     above = [part.lower() for part in (*place.parts[:-1][::-1], root.name)]
     modality: str = choice.modality or next((found for part in above if (found := _modality(part))), "")
     if not modality:

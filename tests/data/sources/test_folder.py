@@ -49,7 +49,7 @@ def test_splits_and_patients_by_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "suffix", "reason"),
     [
-        ("mri/a", None, ".png", "no a.txt beside it"),
+        ("mri/a", None, ".png", "a.txt is missing"),
         ("mri/a", " \n", ".png", "a.txt is empty"),
         ("other/a", "Clear.", ".png", "which modality"),
     ],
