@@ -312,8 +312,8 @@ def _load(found: Found, how: Encoding) -> _Loaded | Skipped:
     report = prepare_report(study.report, how.reports)
     if not images:
         return broken[0] if broken else Skipped(study.id, "", "no image")
-    if not report and len(images) < 2:
-        return Skipped(study.id, "", "no report, and fewer than two images")
+    if not report and len(images) < 2 and how.reports.empty == "skip":
+        return Skipped(study.id, "", "no report, and fewer than two images (--reports.empty keep takes it)")
     return _Loaded(study, report, images, prepared, broken)
 
 

@@ -59,12 +59,14 @@ class ReportOptions:
         blanks: marks of de-identification (___, XXXX, [** **]) and dates; drop them with the words that lead to them,
             keep them, or mask each by [blank].
         priors: keep or remove sentences that compare with earlier examinations.
+        empty: skip a study of one image whose report is empty, or keep it: training then learns the image alone.
         domain_sentence: a sentence put before every report, such as "Chest radiograph."; empty for none.
     """
 
     sections: tuple[Section, ...] = ("findings", "impression")
     blanks: Policy = "drop"
     priors: Literal["keep", "remove"] = "keep"
+    empty: Literal["skip", "keep"] = "skip"
     domain_sentence: str = ""
 
 

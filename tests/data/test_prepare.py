@@ -86,12 +86,23 @@ def test_the_index_counts(how: Encoding, tmp_path: Path) -> None:
     assert index["images"]["train"] == {"mri": {"t1": 1, "t2": 1}, "xray": {"": 1, "PA": 2}}
     assert index["report_tokens"] == {"test": {str(words): 1}, "train": {"0": 1, str(words): 3}}
     assert [(one["id"], one["reason"]) for one in index["skipped"]] == [
-        ("s9", "no report beside it"), ("s10", "no image"), ("s12", "no report, and fewer than two images"),
-    ]  # fmt: skip
+        ("s9", "no report beside it"),
+        ("s10", "no image"),
+        ("s12", "no report, and fewer than two images (--reports.empty keep takes it)"),
+    ]
     assert json.loads((tmp_path / "index.json").read_text()) == index
     assert [row["id"] for row in prepare.load(tmp_path, split="test")] == ["s2"]
     with pytest.raises(UserError, match="no study of the split 'validation'; there are test, train"):
         prepare.load(tmp_path, split="validation")
+
+
+def test_an_empty_report_can_be_kept(how: Encoding, tmp_path: Path) -> None:
+    def found() -> Iterator[Study]:
+        yield replace(phantom.study(0, 0), report=" \n")
+
+    kept = replace(how, reports=replace(how.reports, empty="keep"))
+    assert make(kept, tmp_path, found)["studies"] == 1
+    assert prepare.load(tmp_path)[0]["report"] == "" and prepare.load(tmp_path)[0]["report_ids"] == []
 
 
 def test_previews_are_a_sample(how: Encoding, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
