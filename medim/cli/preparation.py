@@ -130,7 +130,7 @@ def _general_help() -> str:
     from medim.data.sources import SOURCES
 
     listed = "\n".join(f"  {name:11}{source.about}" for name, source in SOURCES.items())
-    reports = "\n".join(f"  {name:11}{about}" for name, about, _ in _described(ReportOptions))
+    reports = "\n".join(f"  {name:17}{about}" for name, about, _ in _described(ReportOptions))
     return HELP.format(sources=listed, reports=reports)
 
 

@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -124,7 +125,7 @@ def prepare(
     index = out / "index.json"
     if index.is_file():
         return json.loads(index.read_text())
-    bar = tqdm(total=total, desc="encoding", unit="study", mininterval=1, smoothing=0.05)
+    bar = _Bar(total=total, desc="encoding", unit="study", mininterval=1, smoothing=0.05)
     if total is None:
         threading.Thread(target=_count, args=(found, bar), daemon=True).start()
     rest, shards = iter(found()), 0
@@ -147,6 +148,18 @@ def prepare(
 
 def _shard(number: int) -> str:
     return f"shard-{number:05d}"
+
+
+class _Bar(tqdm):
+    """Studies done, the time that is left, and images a second of this run."""
+
+    images = 0
+
+    def encoded(self, studies: int, images: int) -> None:
+        """Count a batch."""
+        self.images += images
+        self.set_postfix_str(f"{self.images / max(1e-9, time.time() - self.start_t):.0f} images/s", refresh=False)
+        self.update(studies)
 
 
 def _count(found: Callable[[], Iterable[Found]], bar: tqdm) -> None:
@@ -228,7 +241,7 @@ class _space:
 
 
 def _write_shard(
-    listed: Sequence[Found], how: Encoding, out: Path, number: int, bar: tqdm, pool: ThreadPoolExecutor
+    listed: Sequence[Found], how: Encoding, out: Path, number: int, bar: _Bar, pool: ThreadPoolExecutor
 ) -> None:
     rows: list[dict[str, Any]] = []
     skipped: list[dict[str, str]] = []
@@ -248,7 +261,7 @@ def _write_shard(
         for one in rows_now:
             row = _row(one, [next(codes).ravel() for _ in one.prepared], how)
             _preview(previews, rows, row, one.prepared)
-        bar.update(len(loaded))
+        bar.encoded(len(loaded), len(pictures))
     table = pa.Table.from_pylist(rows, schema=FEATURES.arrow_schema)
     sink = io.BytesIO()
     with pa.ipc.new_stream(sink, table.schema) as writer:

@@ -24,7 +24,7 @@ from medim.errors import UserError
 
 REPORTS = "NLMCXR_reports.tgz"
 VIEWS = "nlmcxr_dicom_metadata.csv.gz"  # torchxrayvision's, of the DICOM headers
-PICTURES = (".png", ".jpg", ".jpeg", ".dcm")
+PICTURES = (".png", ".jpg", ".jpeg")
 LATERAL = ("LL", "RL", "LARGE LATERAL")
 
 
@@ -34,7 +34,7 @@ class OpenIOptions:
 
     Attributes:
         reports: folder of XML files or NLMCXR_reports.tgz; empty looks in ROOT, then in an installed torchxrayvision.
-        views: PA, AP or LATERAL, as the DICOM headers say (a table that torchxrayvision ships, or ROOT holds); all
+        views: which are taken: PA, AP or LATERAL, as the DICOM headers say (a table of torchxrayvision or in ROOT); all
             takes every image, also the third of them that no header names.
         validation: share of the patients that is held out for it, by the hash of their numbers.
         test: likewise the share of the test split.
