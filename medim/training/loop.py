@@ -98,7 +98,7 @@ def make_optimizer(model: nn.Module, o: TrainOptions) -> torch.optim.AdamW:
 
 
 @contextmanager
-def _stop_requests() -> Iterator[Callable[[], bool]]:
+def stop_requests() -> Iterator[Callable[[], bool]]:
     """SIGTERM and SIGUSR1 ask for a checkpoint and a clean end instead of killing."""
     asked: list[int] = []
     before = {s: signal.signal(s, lambda number, frame: asked.append(number)) for s in (signal.SIGTERM, signal.SIGUSR1)}
@@ -124,7 +124,7 @@ class _Run:
     """What lives as long as a run: the prepared model, optimizer and EMA, where they are kept, and the first step."""
 
     def __init__(self, task: Task, o: TrainOptions, run_dir: Path, resolved: str) -> None:
-        bf16 = o.precision == "bf16" or (o.precision == "auto" and _multiplies_bf16())
+        bf16 = o.precision == "bf16" or (o.precision == "auto" and multiplies_bf16())
         self.accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no")
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         self.lead = self.accelerator.is_main_process
@@ -134,7 +134,7 @@ class _Run:
                 f"train.batch_size={o.batch_size} is not shared evenly by {self.world} processes x {o.accumulate} parts"
             )
         found = latest_checkpoint(run_dir / "checkpoints")
-        if found is not None and not _same_config(run_dir, resolved):
+        if found is not None and not same_config(run_dir, resolved):
             raise UserError(
                 f"{run_dir}: holds a run with another config, see its config.yaml; give another run_dir, or that config"
             )
@@ -185,7 +185,7 @@ def train(task: Task, o: TrainOptions, run_dir: Path, resolved: str) -> Path:
     Raises:
         UserError: `run_dir` belongs to another config, the batch cannot be shared, or the loss is no longer a number.
     """
-    if (run_dir / "final" / "config.json").is_file() and _same_config(run_dir, resolved):
+    if (run_dir / "final" / "config.json").is_file() and same_config(run_dir, resolved):
         print(f"{run_dir}: trained to the end already; to train again, remove it or change run_dir", file=sys.stderr)
         return run_dir / "final"
     run = _Run(task, o, run_dir, resolved)
@@ -193,7 +193,7 @@ def train(task: Task, o: TrainOptions, run_dir: Path, resolved: str) -> Path:
     steps = _Steps(task, run.rank, run.world, o, run.first)
     run.model.train()
     stop = False
-    with closing(meter), _stop_requests() as asked:
+    with closing(meter), stop_requests() as asked:
         for step, parts in enumerate(DataLoader(steps, batch_size=None, num_workers=o.workers), start=run.first + 1):
             rate = learning_rate(step - 1, o)
             for group in run.optimizer.param_groups:
@@ -204,7 +204,7 @@ def train(task: Task, o: TrainOptions, run_dir: Path, resolved: str) -> Path:
                 loss = _reduced(run.accelerator, losses)
                 _check_finite(loss, step, run_dir)
                 meter.log(step, loss, norm, rate)
-                stop = _any_process(run.accelerator, asked())
+                stop = any_process(run.accelerator, asked())
             if step % o.checkpoint_every == 0 or stop:
                 run.save(step)
             if stop:
@@ -251,16 +251,16 @@ def _reduced(accelerator: Accelerator, losses: list[Loss]) -> Loss:
     return Loss(*(accelerator.reduce(value, "sum") for value in sums))
 
 
-def _multiplies_bf16() -> bool:
+def multiplies_bf16() -> bool:
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported()
 
 
-def _any_process(accelerator: Accelerator, flag: bool) -> bool:
+def any_process(accelerator: Accelerator, flag: bool) -> bool:
     return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum") > 0)
 
 
-def _same_config(run_dir: Path, resolved: str) -> bool:
+def same_config(run_dir: Path, resolved: str) -> bool:
     path = run_dir / "config.yaml"
     return path.is_file() and path.read_text() == resolved

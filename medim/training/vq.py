@@ -34,7 +34,7 @@ from medim.config import options
 from medim.errors import UserError
 from medim.tokenization.image import MANIFEST_NAME, VQConfig, VQTokenizer
 from medim.training.codebook import EMACodebook, perplexity
-from medim.training.loop import _any_process, _multiplies_bf16, _same_config, _stop_requests
+from medim.training.loop import any_process, multiplies_bf16, same_config, stop_requests
 from medim.training.report import Meter
 from medim.training.state import (
     EMA,
@@ -182,7 +182,7 @@ class VQRun:
 
     def __init__(self, config: VQRunConfig, resolved: str, command: str = "") -> None:
         o = config.train
-        bf16 = o.precision == "bf16" or (o.precision == "auto" and _multiplies_bf16())
+        bf16 = o.precision == "bf16" or (o.precision == "auto" and multiplies_bf16())
         self.accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no")
         self.lead, self.device = self.accelerator.is_main_process, self.accelerator.device
         self.config, self.resolved, self.command = config, resolved, command
@@ -193,7 +193,7 @@ class VQRun:
         self.slots = range(rank * o.batch_size // world, (rank + 1) * o.batch_size // world)
         self.pictures = open_pictures(config.data, config.model.resolution, config.seed, config.model.fit)
         found = latest_checkpoint(self.run_dir / "checkpoints")
-        if found is not None and not _same_config(self.run_dir, resolved):
+        if found is not None and not same_config(self.run_dir, resolved):
             raise UserError(
                 f"{self.run_dir}: holds a run with another config, see its config.yaml; give another run_dir, or that "
                 "config"
@@ -431,12 +431,12 @@ def train_vq(config: VQRunConfig, resolved: str, command: str = "") -> Path:
         UserError: `run_dir` belongs to another config, the data cannot be read, or the loss is no longer a number.
     """
     run_dir, o = Path(config.run_dir), config.train
-    if (run_dir / "final" / MANIFEST_NAME).is_file() and _same_config(run_dir, resolved):
+    if (run_dir / "final" / MANIFEST_NAME).is_file() and same_config(run_dir, resolved):
         print(f"{run_dir}: trained to the end already; to train again, remove it or change run_dir", file=sys.stderr)
         return run_dir / "final"
     run = VQRun(config, resolved, command)
     log = _Log(run_dir, run.first, o.steps, o.batch_size, enabled=run.lead, tensorboard=o.tensorboard)
-    with closing(log), _stop_requests() as asked:
+    with closing(log), stop_requests() as asked:
         for step, pixels in _steps(run):
             figures = run.step(step - 1, pixels)
             stop = False
@@ -445,7 +445,7 @@ def train_vq(config: VQRunConfig, resolved: str, command: str = "") -> Path:
                 loss = log.steps(step, _mean(run.accelerator, figures), learning_rate(step - 1, o), use)
                 if not math.isfinite(loss):
                     raise UserError(f"step {step}: the loss is {loss}; lower train.lr and start a new run_dir")
-                stop = _any_process(run.accelerator, asked())
+                stop = any_process(run.accelerator, asked())
             if step % o.eval_every == 0 and step < o.steps:
                 log.write({"step": step, "held_out": run.evaluate(step, o.eval_images)})
             if step % o.checkpoint_every == 0 or stop:

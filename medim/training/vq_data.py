@@ -121,7 +121,9 @@ def open_pictures(o: PictureOptions, resolution: int, seed: int, fit: Fit = "cro
     if o.source == "demo":
         return Pictures(o, resolution, fit, seed, _draw_embedded, lambda count: _held_out_embedded(seed, count))
     if o.source != "images" and o.source not in SOURCES:
-        raise UserError(f"data.source={o.source}: unknown; one of {', '.join(dict.fromkeys(('demo', 'images', *SOURCES)))}")
+        raise UserError(
+            f"data.source={o.source}: unknown; one of {', '.join(dict.fromkeys(('demo', 'images', *SOURCES)))}"
+        )
     if o.root is None or not Path(o.root).exists():
         raise UserError(f"data.root={o.root}: no such folder; data.source={o.source} needs the folder to read")
     if o.modality not in MODALITIES:
