@@ -252,15 +252,18 @@ def _reduced(accelerator: Accelerator, losses: list[Loss]) -> Loss:
 
 
 def multiplies_bf16() -> bool:
+    """Whether this machine has instructions for it: emulated, bf16 is many times slower than float32."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported()
 
 
 def any_process(accelerator: Accelerator, flag: bool) -> bool:
+    """Whether the flag is set in one process or more; all must ask."""
     return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum") > 0)
 
 
 def same_config(run_dir: Path, resolved: str) -> bool:
+    """Whether a run's stored config is this one."""
     path = run_dir / "config.yaml"
     return path.is_file() and path.read_text() == resolved
