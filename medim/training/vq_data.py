@@ -166,7 +166,8 @@ def _read(o: PictureOptions) -> Iterator[tuple[str, Image]]:
         first = error.errors(include_url=False)[0]
         raise UserError(f"data.options.{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     assert o.root is not None
-    for study in source.read(Path(o.root), own):
+    for found in source.read(Path(o.root), own):
+        study = found() if callable(found) else found
         if isinstance(study, Study):
             yield from ((study.split, image) for image in study.images)
 
@@ -174,8 +175,12 @@ def _read(o: PictureOptions) -> Iterator[tuple[str, Image]]:
 def _split(listed: Iterator[tuple[str, Image]]) -> tuple[list[Image], list[Image]]:
     """Training and held-out images: by the source's splits, or every `HELD_OUT`-th where it knows none but train."""
     everything = list(listed)
-    if any(split not in ("", "train") for split, _ in everything):
-        return [i for split, i in everything if split == "train"], [i for split, i in everything if split == "test"]
+    by_split: dict[str, list[Image]] = {}
+    for split, image in everything:
+        by_split.setdefault(split, []).append(image)
+    held_out = by_split.get("test") or by_split.get("validation")
+    if held_out:
+        return by_split.get("train", []), held_out
     images = [image for _, image in everything]
     train = [image for number, image in enumerate(images) if number % HELD_OUT]
     return train or images, images[::HELD_OUT]

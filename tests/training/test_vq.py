@@ -368,6 +368,20 @@ def test_a_folder_holds_out_every_twentieth(tmp_path: Path) -> None:
     assert len({limited.picture(step, 0).getpixel((0, 0)) for step in range(50)}) == 2
 
 
+@pytest.mark.parametrize(
+    ("splits", "train", "held_out"),
+    [
+        (("train", "validation", "test"), 1, {"test"}),
+        (("train", "validation"), 1, {"validation"}),
+        (("train",) * 3, 2, {"train"}),
+    ],
+)
+def test_held_out_is_what_the_source_says(splits: tuple[str, ...], train: int, held_out: set[str]) -> None:
+    images = [(split, Image("xray", Path(split))) for split in splits]
+    kept, held = vq_data._split(iter(images))
+    assert len(kept) == train and {str(image.pixels) for image in held} == held_out
+
+
 def test_a_broken_file_is_left_out_with_a_warning(tmp_path: Path) -> None:
     root = folder_of_pictures(tmp_path / "some", 3)
     (root / "a b" / "01.png").write_bytes(b"\x89PNG\r\n\x1a\n torn")
