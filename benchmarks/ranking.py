@@ -17,10 +17,13 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that `python benchmarks/ranking.py` runs too
 
 from benchmarks.report import finish
 from medim import MeDiM, Study
