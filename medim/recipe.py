@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-import torch
 from pydantic import Field
 
 from medim.config import options
@@ -16,15 +15,16 @@ from medim.data.order import Order, shares
 from medim.data.phantom import Outlines
 from medim.diffusion import Schedule
 from medim.errors import UserError
-from medim.model.medim import MeDiMModel, ModelOptions
+from medim.model.medim import MeDiMConfig, MeDiMModel, ModelOptions, config_of
 from medim.objective import ObjectiveOptions
-from medim.pipeline import MeDiM, save_folder
+from medim.pipeline import read_sampling, resolve, save_parts
 from medim.sampling import Sampling
 from medim.tokenization.image import VQTokenizer
 from medim.tokenization.joint import JointTokenizer, SlotOptions
 from medim.tokenization.text import TextTokenizer
 from medim.training.loop import TrainOptions
 from medim.training.task import DiffusionTask, Rows
+from medim.training.weights import Stored, skeleton
 
 
 @options
@@ -78,15 +78,18 @@ def make_task(config: TrainConfig) -> DiffusionTask:
     Raises:
         UserError: a tokenizer, a dataset or a checkpoint is missing, or they do not belong together.
     """
-    torch.manual_seed(config.seed)
+    stored = None
     if config.init:
-        start = MeDiM.from_pretrained(config.init)
-        model, joint, sampling = start.model, start.joint, start.sampling
+        folder = resolve(config.init)
+        joint, sampling = JointTokenizer.from_pretrained(folder), read_sampling(folder)
+        shape, stored = MeDiMConfig.from_pretrained(folder), Stored(folder)
     else:
         text = TextTokenizer.from_pretrained(config.text_tokenizer)
         joint = JointTokenizer.build(text, VQTokenizer.from_pretrained(config.image_tokenizer), config.slot)
-        model, sampling = MeDiMModel.from_options(config.model, joint.vocabulary), Sampling()
-        model.config.schedule, model.config.schedule_power = config.objective.schedule, config.objective.schedule_power
+        shape, sampling = config_of(config.model, joint.vocabulary), Sampling()
+        shape.schedule, shape.schedule_power = config.objective.schedule, config.objective.schedule_power
+    with skeleton():
+        model = MeDiMModel(shape)
     wanted = Schedule(config.objective.schedule, config.objective.schedule_power)
     if model.schedule != wanted:
         raise UserError(f"objective.schedule: {wanted} is asked for, {config.init} was trained with {model.schedule}")
@@ -98,7 +101,7 @@ def make_task(config: TrainConfig) -> DiffusionTask:
             file=sys.stderr,
         )
     model.config.condition_dropout, model.config.condition_attention = config.objective.condition_dropout, attention
-    write = partial(save_folder, joint=joint, sampling=sampling)
+    write = partial(save_parts, joint=joint, sampling=sampling)
     folders = [config.data.path] if isinstance(config.data.path, str) else config.data.path
     if config.data.studies:
         _embed(config, joint, Path(folders[0]))
@@ -108,7 +111,7 @@ def make_task(config: TrainConfig) -> DiffusionTask:
     fits = all(prepare.read_index(folder)["text_tokenizer"] == prepare.text_hash(joint.text) for folder in folders)
     rows = Rows(joint, data, config.data.images, fits)
     return DiffusionTask(
-        model, rows, order, config.objective, config.train.batch_size, config.seed, write, config.data.pack
+        model, rows, order, config.objective, config.train.batch_size, config.seed, write, config.data.pack, stored
     )
 
 

@@ -31,12 +31,16 @@ def train(argv: Sequence[str]) -> int:
 
     config = load(args.config, args.overrides, TrainConfig)
     quiet()
-    from accelerate import PartialState
-
+    from medim.training.engine import make_accelerator
     from medim.training.loop import train as run_loop
+    from medim.training.processes import leave, multiplies_bf16
 
-    with PartialState().main_process_first():  # one process encodes the data, the others find it there
+    o = config.train
+    accelerator = make_accelerator(o.precision == "bf16" or (o.precision == "auto" and multiplies_bf16()), o.timeout)
+    with accelerator.main_process_first():  # one process encodes the data, the others find it there
         task = make_task(config)
-    final = run_loop(task, config.train, Path(config.run_dir), dump(config))
-    print(f"model: {final}")
+    final = run_loop(accelerator, task, o, Path(config.run_dir), dump(config))
+    if accelerator.is_main_process:
+        print(f"model: {final}")
+    leave(accelerator)
     return 0
