@@ -34,13 +34,15 @@ def make_accelerator(bf16: bool, timeout: float) -> Accelerator:
     Args:
         timeout: seconds that a process waits for the others.
     """
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    handler = InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))
-    if not torch.cuda.is_available() and "RANK" in os.environ:
+    handler, plain = InitProcessGroupKwargs(timeout=timedelta(seconds=timeout)), not _asked("ACCELERATE_USE_DEEPSPEED")
+    cpu = not torch.cuda.is_available()
+    if cpu and "RANK" in os.environ:
         handler.backend = "gloo"
-    sharded = os.environ.pop("ACCELERATE_USE_FSDP", "false") == "true"
-    accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no", kwargs_handlers=[handler])
+    if cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    sharded = os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    precision = "bf16" if bf16 else "no"
+    accelerator = Accelerator(cpu=cpu and plain, mixed_precision=precision, kwargs_handlers=[handler])
     if sharded:
         accelerator.state.distributed_type = DistributedType.FSDP
     unset_hf_deepspeed_config()  # transformers would share out weights that have no memory yet: see `materialise`
