@@ -100,9 +100,12 @@ class Engine:
         materialise(self.inner, stored, seed, self.accelerator.device)
         if compiled:
             self.inner.compile_blocks()  # type: ignore[operator]
-        optimizer = make_optimizer(self.inner)
+        self.hold(make_optimizer)
+
+    def hold(self, make_optimizer: MakeOptimizer) -> None:
+        """Make the optimizer of a network that has its weights."""
+        self.optimizer = make_optimizer(self.inner)
         self.model = self.accelerator.prepare_model(self.inner)
-        self.optimizer = optimizer
         self.pieces = {
             name: Piece(p, 0, 0, p.numel(), p.shape) for name, p in self.inner.named_parameters() if p.requires_grad
         }
