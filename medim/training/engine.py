@@ -95,6 +95,15 @@ class Engine:
         self.accelerator, self.inner, self.clip = accelerator, inner, clip
         self.model: Any = inner
 
+    def __str__(self) -> str:
+        world = self.accelerator.num_processes
+        return f"{world} processes, {self.way}" if world > 1 else "1 process"
+
+    @property
+    def way(self) -> str:
+        """What the way of sharing is called."""
+        return "DDP"
+
     def build(self, stored: Stored | None, seed: int, make_optimizer: MakeOptimizer, compiled: bool) -> None:
         """Give the skeleton its weights and make the optimizer."""
         materialise(self.inner, stored, seed, self.accelerator.device)
@@ -154,6 +163,7 @@ class FSDP2(Engine):
     """Each parameter is cut by rows; a unit is gathered when it is run."""
 
     replicated = False
+    way = "FSDP2"
 
     def build(self, stored: Stored | None, seed: int, make_optimizer: MakeOptimizer, compiled: bool) -> None:
         device = self.accelerator.device
@@ -249,6 +259,10 @@ class DeepSpeed(Engine):
                 at, here = parameter._hp_mapping.lp_fragment_address, parameter._hp_mapping.hp_fragment_address
                 key = zero.single_partition_of_fp32_groups[parameter._hp_mapping.param_group_index]
                 yield name, Piece(key, here.start, at.start, at.start + at.numel, parameter.shape)
+
+    @property
+    def way(self) -> str:
+        return f"ZeRO-{self.stage}"
 
     def set_rate(self, rate: float) -> None:
         for group in self.zero.param_groups:

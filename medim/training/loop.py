@@ -183,6 +183,8 @@ class _Run:
         if self.lead:
             run_dir.mkdir(parents=True, exist_ok=True)
             (run_dir / "config.yaml").write_text(resolved)
+            share = o.batch_size // (self.world * o.accumulate)
+            print(f"{self.engine}: {o.batch_size} rows a step, {share} at a time each", file=sys.stderr)
             if found is not None:
                 print(f"resuming after step {self.first} from {found.folder}", file=sys.stderr)
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ class Runs:
 
     folder: Path
     settings: dict[str, Any] = field(default_factory=dict)
+    started: list[subprocess.Popen[str]] = field(default_factory=list)
 
     def command(self, name: str, engine: str = "", processes: int = 1, **overrides: Any) -> list[str]:
         """The command line of a run; `engine` names a file in configs/accelerate."""
@@ -49,9 +51,18 @@ class Runs:
     def start(self, *command: str) -> subprocess.Popen[str]:
         """Start a command at the head of a process group of its own."""
         pipe = subprocess.PIPE
-        return subprocess.Popen(
+        process = subprocess.Popen(
             command, cwd=ROOT, env=ENVIRONMENT, stdout=pipe, stderr=pipe, text=True, start_new_session=True
         )
+        self.started.append(process)
+        return process
+
+    def end(self) -> None:
+        """Kill what a failed test left running."""
+        for process in self.started:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.communicate()
 
     def run(self, name: str, engine: str = "", processes: int = 1, expect: int = 0, **overrides: Any) -> str:
         """Run to the end; returns stderr."""
@@ -86,15 +97,19 @@ class Runs:
             torch.testing.assert_close(ours[key], value, atol=tolerance, rtol=0)
 
 
-@pytest.fixture(scope="package")
-def make_runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Runs]:
+@pytest.fixture(scope="module")
+def make_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Runs]]:
     """Makes folders of runs."""
+    made: list[Runs] = []
 
     def make(**settings: Any) -> Runs:
         keys = {key.replace("__", "."): value for key, value in settings.items()}
-        return Runs(tmp_path_factory.mktemp("runs"), {"data.studies": 64, "train.precision": "fp32", **keys})
+        made.append(Runs(tmp_path_factory.mktemp("runs"), {"data.studies": 64, "train.precision": "fp32", **keys}))
+        return made[-1]
 
-    return make
+    yield make
+    for runs in made:
+        runs.end()
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,8 @@ CLOSE = 1e-5
 @pytest.fixture(scope="module", params=ENGINES)
 def engine(request: pytest.FixtureRequest, runs: Any) -> str:
     """One that has trained with two processes, in the run of its name."""
-    runs.run(request.param, request.param, 2)
+    name = {"cpu": "DDP", "fsdp2": "FSDP2"}.get(request.param, f"ZeRO-{request.param[-1]}")
+    assert f"2 processes, {name}: 4 rows a step, 2 at a time each" in runs.run(request.param, request.param, 2)
     return request.param
 
 

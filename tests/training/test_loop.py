@@ -105,9 +105,9 @@ def test_sigterm_saves_and_exits_cleanly(whole: Path, tiny_model: Path) -> None:
 
 
 def test_two_processes_and_two_parts_give_the_losses_of_one(whole: Path, tiny_model: Path) -> None:
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "29517"]
-    run(*launch, *config(whole, tiny_model, "two"))
+    launch = ["-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu.yaml"]
+    said = run(*launch, "--main_process_port", "29517", *config(whole, tiny_model, "two"))
+    assert "2 processes, DDP: 4 rows a step, 2 at a time each" in said
     run(*config(whole, tiny_model, "parts", accumulate=2, tensorboard=True))
     assert list((whole / "parts" / "tensorboard").glob("events.*"))
     for name in ("two", "parts"):
