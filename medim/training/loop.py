@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, runtime_checkable
@@ -284,18 +284,18 @@ def train(accelerator: Accelerator, task: Task, o: TrainOptions, run_dir: Path, 
         return run_dir / "final"
     roll = Roll(accelerator)
     run = _Run(accelerator, task, o, run_dir, resolved)
-    with roll.watch(run.where):
-        _loop(run)
+    with stop_requests() as asked, roll.watch(run.where):  # in this order: the launcher sends SIGTERM when one dies
+        _loop(run, asked)
         return run.finish()
 
 
-def _loop(run: _Run) -> None:
+def _loop(run: _Run, asked: Callable[[], bool]) -> None:
     o, engine = run.o, run.engine
     meter = Meter(run.run_dir, run.first, o.steps, o.batch_size, enabled=run.lead, tensorboard=o.tensorboard)
     loader = DataLoader(_Steps(run.task, run.rank, run.world, o, run.first), batch_size=None, num_workers=o.workers)
     agree = Agreement(run.accelerator)
     engine.model.train()
-    with closing(meter), stop_requests() as asked:
+    with closing(meter):
         for step, parts in enumerate(loader, start=run.first + 1):
             rate = learning_rate(step - 1, o)
             engine.set_rate(rate)
