@@ -22,9 +22,11 @@ from medim.sampling import Sampling
 from medim.tokenization.image import VQTokenizer
 from medim.tokenization.joint import JointTokenizer, SlotOptions
 from medim.tokenization.text import TextTokenizer
+from medim.training.checkpoint import Averaged
+from medim.training.folders import STATE_NAME
 from medim.training.loop import TrainOptions
 from medim.training.task import DiffusionTask, Rows
-from medim.training.weights import Stored, skeleton
+from medim.training.weights import Source, Stored, skeleton
 
 
 @options
@@ -56,7 +58,8 @@ class TrainConfig:
 
     Attributes:
         run_dir: holds the config, `metrics.jsonl`, checkpoints and the final model.
-        init: a model folder (or `demo`) to go on from, with its tokenizers; empty: a new model from `model`.
+        init: a model folder (or `demo`) or a checkpoint to go on from, with its tokenizers; empty: a new model from
+            `model`.
         seed: of the weights, the data order, the noise levels and the masks.
     """
 
@@ -78,11 +81,15 @@ def make_task(config: TrainConfig) -> DiffusionTask:
     Raises:
         UserError: a tokenizer, a dataset or a checkpoint is missing, or they do not belong together.
     """
-    stored = None
+    stored: Source | None = None
     if config.init:
-        folder = resolve(config.init)
+        is_checkpoint = (
+            Path(config.init) / STATE_NAME
+        ).is_file()  # a checkpoint: a model folder whose weights are in pieces
+        folder = Path(config.init) / "model" if is_checkpoint else resolve(config.init)
+        stored = Averaged(Path(config.init)) if is_checkpoint else Stored(folder)
         joint, sampling = JointTokenizer.from_pretrained(folder), read_sampling(folder)
-        shape, stored = MeDiMConfig.from_pretrained(folder), Stored(folder)
+        shape = MeDiMConfig.from_pretrained(folder)
     else:
         text = TextTokenizer.from_pretrained(config.text_tokenizer)
         joint = JointTokenizer.build(text, VQTokenizer.from_pretrained(config.image_tokenizer), config.slot)

@@ -240,7 +240,7 @@ class MeDiMModel(PreTrainedModel):
         """Gradient checkpointing: of every `every`-th decoder layer only the input is kept for the backward pass."""
         self.activation_checkpointing_enable({"use_reentrant": False})
         for number, layer in enumerate(decoder_layers(self.backbone)):
-            layer.gradient_checkpointing = number % every == 0
+            layer.gradient_checkpointing = number % every == 0  # type: ignore[assignment]
 
     def compile_blocks(self, **options: Any) -> None:
         """`torch.compile` each decoder layer with its AdaLN by itself: small graphs without breaks, fast to compile.

@@ -133,7 +133,8 @@ class Checkpoint:
             for path in self.paths:
                 with safe_open(path, "pt") as file:
                     header = json.loads((file.metadata() or {})["pieces"])
-                    self.fields = self.fields or sorted({key.split("/")[0] for key in file.keys() if "/" in key})
+                    fields = {key.split("/")[0] for key in file.keys() if "/" in key}  # noqa: SIM118
+                    self.fields = self.fields or sorted(fields)
                 for name, said in header.items():
                     self.parts.setdefault(name, []).append((said["start"], said["stop"], path))
                     self.shapes[name], self.scalars[name] = said["shape"], said["scalars"]
@@ -186,7 +187,7 @@ class Checkpoint:
         if world == len(self.paths):
             with safe_open(self.paths[rank], "pt") as file:
                 torch.set_rng_state(file.get_tensor("rng"))
-                if torch.cuda.is_available() and "rng_cuda" in file.keys():
+                if torch.cuda.is_available() and "rng_cuda" in file.keys():  # noqa: SIM118
                     torch.cuda.set_rng_state(file.get_tensor("rng_cuda"))
         return int(self.state["step"])
 
@@ -194,6 +195,25 @@ class Checkpoint:
 def _everywhere(engine: Engine) -> set[str]:
     """Names of the trained parameters, also of those of which this process keeps nothing."""
     return {name for name, parameter in engine.inner.named_parameters() if parameter.requires_grad}
+
+
+class Averaged:
+    """The averaged weights of a checkpoint, as `medim.training.weights.Stored` gives those of a model folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self._found = folder, Checkpoint(folder)
+        self.files = self._found.shapes
+
+    def read(self, name: str) -> Tensor:
+        """One tensor.
+
+        Raises:
+            UserError: there is none of this name.
+        """
+        if name not in self.files:
+            raise UserError(f"{self.folder}: weights do not fit config.json: {name} is missing")
+        shape = torch.Size(self.files[name])
+        return self._found.read("ema", name, 0, shape.numel()).view(shape)
 
 
 def export(checkpoint: Path, out: Path, field: str = "ema", dtype: torch.dtype = torch.float32) -> Path:

@@ -22,8 +22,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from medim.errors import UserError
-from medim.training.weights import Stored, materialise
+from medim.training.weights import Source, materialise
 
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 
@@ -104,7 +103,7 @@ class Engine:
         """What the way of sharing is called."""
         return "DDP"
 
-    def build(self, stored: Stored | None, seed: int, make_optimizer: MakeOptimizer, compiled: bool) -> None:
+    def build(self, stored: Source | None, seed: int, make_optimizer: MakeOptimizer, compiled: bool) -> None:
         """Give the skeleton its weights and make the optimizer."""
         materialise(self.inner, stored, seed, self.accelerator.device)
         if compiled:
@@ -165,7 +164,7 @@ class FSDP2(Engine):
     replicated = False
     way = "FSDP2"
 
-    def build(self, stored: Stored | None, seed: int, make_optimizer: MakeOptimizer, compiled: bool) -> None:
+    def build(self, stored: Source | None, seed: int, make_optimizer: MakeOptimizer, compiled: bool) -> None:
         device = self.accelerator.device
         mesh = torch.distributed.init_device_mesh(device.type, (self.accelerator.num_processes,))
         bf16 = self.accelerator.mixed_precision == "bf16"
@@ -212,7 +211,7 @@ class DeepSpeed(Engine):
 
     replicated = False
 
-    def build(self, stored: Stored | None, seed: int, make_optimizer: MakeOptimizer, compiled: bool) -> None:
+    def build(self, stored: Source | None, seed: int, make_optimizer: MakeOptimizer, compiled: bool) -> None:
         plugin = self.accelerator.state.deepspeed_plugin
         config = plugin.deepspeed_config
         self.stage = int(config["zero_optimization"]["stage"])
@@ -246,6 +245,7 @@ class DeepSpeed(Engine):
     def _pieces(self, names: Mapping[int, str]) -> Iterator[tuple[str, Piece]]:
         zero = self.zero
         rank = self.accelerator.process_index
+        parameter: Any
         for parameter in self.inner.parameters():
             if id(parameter) not in names:
                 continue

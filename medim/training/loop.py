@@ -24,7 +24,7 @@ from medim.training.engine import EMA, make_engine
 from medim.training.folders import latest_checkpoint, prune, same_config
 from medim.training.processes import Agreement, Roll, stop_requests
 from medim.training.report import Meter
-from medim.training.weights import Stored
+from medim.training.weights import Source
 
 
 @options
@@ -38,9 +38,9 @@ class TrainOptions:
         ema: decay of the averaged weights, which are what is shipped and evaluated.
         precision: bf16 is autocast, weights and optimizer stay float32; auto takes it where the hardware multiplies in
             bf16 (emulated, it is 60 times slower than fp32).
-        gradient_checkpointing: every so manieth block forgets its activations and computes them again; 0 none, 1 all.
+        gradient_checkpointing: 1: blocks forget their activations and compute them again; k: every k-th does; 0: none.
         optimizer: `adamw` is torch's fused one; `adamw_8bit` keeps its moments in 8 bits (bitsandbytes; not with ZeRO
-            or FSDP); `adamw_deepspeed` is DeepSpeed's fused one, and its one for a CPU where the optimizer is offloaded.
+            or FSDP); `adamw_deepspeed` is DeepSpeed's fused one, for GPUs or for an optimizer that is offloaded.
         workers: loader processes; 0 makes batches in the main process.
         keep: newest checkpoints that stay; besides, those of every `keep_every`-th step (0: none).
         timeout: seconds that a process waits for the others before it says that they are gone.
@@ -80,7 +80,7 @@ class Task(Protocol):
         ...
 
     @property
-    def stored(self) -> Stored | None:
+    def stored(self) -> Source | None:
         """Where its weights are; None: they are drawn from `seed`."""
         ...
 
@@ -245,7 +245,7 @@ HARMLESS = (
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mappings as one with dotted keys."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"
         flat |= _flat(value, f"{name}.") if hasattr(value, "items") else {name: value}
@@ -280,7 +280,9 @@ def train(accelerator: Accelerator, task: Task, o: TrainOptions, run_dir: Path, 
     """
     if (run_dir / "final" / "config.json").is_file() and same_config(run_dir, resolved):
         if accelerator.is_main_process:
-            print(f"{run_dir}: trained to the end already; to train again, remove it or change run_dir", file=sys.stderr)
+            print(
+                f"{run_dir}: trained to the end already; to train again, remove it or change run_dir", file=sys.stderr
+            )
         return run_dir / "final"
     roll = Roll(accelerator)
     run = _Run(accelerator, task, o, run_dir, resolved)
@@ -311,7 +313,9 @@ def _loop(run: _Run, asked: Callable[[], bool]) -> None:
             if stop and step < o.steps:
                 agree.finish()
                 if run.lead:
-                    print(f"stopped on request; saved after step {step}, run the same command to go on", file=sys.stderr)
+                    print(
+                        f"stopped on request; saved after step {step}, run the same command to go on", file=sys.stderr
+                    )
                 raise SystemExit(0)
         agree.finish()
 

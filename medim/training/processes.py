@@ -103,7 +103,9 @@ class Roll:
         except (RuntimeError, dist.DistError):
             return "the process that the others met at (rank 0, or its launcher) is gone"
         if not named:
-            return "the processes lost their connection, though all of them still run: see the network, or train.timeout"
+            return (
+                "the processes lost their connection, though all of them still run: see the network, or train.timeout"
+            )
         return f"{' and '.join(named)} of {self.world} ended or does not answer"
 
 

@@ -17,7 +17,7 @@ from medim.data.order import Order, share
 from medim.model.medim import MeDiMModel
 from medim.objective import Batch, Loss, ObjectiveOptions, count, loss, make_batch
 from medim.tokenization.joint import JointTokenizer
-from medim.training.weights import Stored
+from medim.training.weights import Source
 
 Slots = dict[str, dict[int, int]]
 SLOT_SAMPLE = 5000  # studies that the histogram is taken from
@@ -78,7 +78,7 @@ class DiffusionTask:
         seed: int,
         write: Callable[[Path, MeDiMModel, Slots], None],
         pack: int = 0,
-        stored: Stored | None = None,
+        stored: Source | None = None,
     ) -> None:
         """`model` may be a skeleton, whose weights are in `stored`, or are drawn if that is None.
 

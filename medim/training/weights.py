@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from accelerate import init_empty_weights
@@ -27,6 +28,21 @@ def skeleton() -> AbstractContextManager[None]:
     return init_empty_weights(include_buffers=False)
 
 
+class Source(Protocol):
+    """Tensors by name, with the folder that messages name."""
+
+    folder: Path
+
+    @property
+    def files(self) -> Collection[str]:
+        """The names."""
+        ...
+
+    def read(self, name: str) -> Tensor:
+        """One tensor; UserError if there is none of this name."""
+        ...
+
+
 class Stored:
     """The tensors of a model folder, read one by one.
 
@@ -35,7 +51,8 @@ class Stored:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.files = folder, {}
+        self.folder = folder
+        self.files: dict[str, str] = {}
         index = folder / "model.safetensors.index.json"
         try:
             if index.is_file():
@@ -79,14 +96,13 @@ def draw(unit: nn.Module, owner: PreTrainedModel, seed: int, name: str) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
         for module in unit.modules():
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+            getattr(module, "reset_parameters", lambda: None)()
         unit.apply(owner._init_weights)
 
 
 def materialise(
     model: nn.Module,
-    stored: Stored | None,
+    stored: Source | None,
     seed: int,
     device: torch.device | str,
     hand_on: Callable[[str, nn.Module], None] | None = None,
@@ -132,7 +148,7 @@ def materialise(
             raise UserError(f"{stored.folder}: weights do not fit config.json: {len(unknown)} unknown, {unknown[0]}")
 
 
-def _copy(model: nn.Module, stored: Stored, names: list[str]) -> set[str]:
+def _copy(model: nn.Module, stored: Source, names: list[str]) -> set[str]:
     """Fill parameters from a folder; returns the names that were read."""
     for name in names:
         parameter, value = model.get_parameter(name), stored.read(name)

@@ -23,6 +23,13 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "H
 STEPS = 20
 
 
+def free_port() -> str:
+    """One that nobody listens at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
 @dataclass
 class Runs:
     """A folder of runs that share their data.
@@ -39,20 +46,23 @@ class Runs:
         """The command line of a run; `engine` names a file in configs/accelerate."""
         launch = [sys.executable]
         if engine:
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = free.getsockname()[1]
             launch += ["-m", "accelerate.commands.launch", "--config_file", f"configs/accelerate/{engine}.yaml"]
-            launch += ["--num_processes", str(processes), "--main_process_port", str(port)]
+            launch += ["--num_processes", str(processes), "--main_process_port", free_port()]
         values = {**self.settings, "run_dir": self.folder / name, "data.path": self.folder / "data"}
         values |= {key.replace("__", "."): value for key, value in overrides.items()}
         return [*launch, "train.py", "configs/train/demo.yaml", *(f"{key}={value}" for key, value in values.items())]
 
-    def start(self, *command: str) -> subprocess.Popen[str]:
+    def start(self, *command: str, **environment: str) -> subprocess.Popen[str]:
         """Start a command at the head of a process group of its own."""
         pipe = subprocess.PIPE
         process = subprocess.Popen(
-            command, cwd=ROOT, env=ENVIRONMENT, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+            command,
+            cwd=ROOT,
+            env={**ENVIRONMENT, **environment},
+            stdout=pipe,
+            stderr=pipe,
+            text=True,
+            start_new_session=True,
         )
         self.started.append(process)
         return process

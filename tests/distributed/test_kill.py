@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -125,3 +126,27 @@ def test_the_others_name_the_one_that_died(engine: str, rank: int, make_runs: Ca
     _, said = process.communicate(timeout=120)
     assert process.returncode != 0
     assert f"error: rank {rank} on" in said and "start again to go on after step-" in said
+
+
+STANDINS = {
+    "srun": 'shift; exec "$@"',
+    "scancel": 'pkill -USR1 -f "train.py.*queued"',  # all processes of the step, launchers too
+    "scontrol": '[ "$1" = show ] && echo 127.0.0.1 || echo "back into the queue: $2"',
+}
+
+
+def test_the_slurm_script_saves_and_goes_back_into_the_queue(make_runs: Callable[..., Any]) -> None:
+    runs = make_runs(train__steps=2000, train__batch_size=2, train__checkpoint_every=1000)
+    for name, body in STANDINS.items():
+        (runs.folder / name).write_text(f"#!/bin/bash\n{body}\n")
+        (runs.folder / name).chmod(0o755)
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "here", "SLURM_NNODES": "1", "SLURM_NODEID": "0"}
+    here = {"PYTHON": sys.executable, "ENGINE": "cpu", "GPUS": "2", "PORT": "29533", "PATH": f"{runs.folder}:{os.environ['PATH']}"}
+    process = runs.start("bash", "configs/slurm/train.sbatch", *runs.command("queued")[2:], **slurm, **here)
+    metrics = runs.folder / "queued" / "metrics.jsonl"
+    assert wait_for(process, lambda: metrics.is_file() and metrics.read_text().count("\n") >= 3)
+    process.send_signal(signal.SIGUSR1)
+    written, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said[-3000:]
+    assert "stopped on request" in said and "back into the queue: 7" in written
+    assert len(list((runs.folder / "queued" / "checkpoints").iterdir())) == 1

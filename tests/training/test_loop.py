@@ -17,10 +17,10 @@ from accelerate import Accelerator
 from torch import nn
 
 from medim.errors import UserError
-from medim.training.loop import TrainOptions, learning_rate, make_optimizer
 from medim.training.checkpoint import Checkpoint, export, save
 from medim.training.engine import EMA, Engine
 from medim.training.folders import latest_checkpoint, prune, write_folder
+from medim.training.loop import TrainOptions, learning_rate, make_optimizer
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
@@ -258,7 +258,7 @@ def test_a_disk_that_is_full_while_saving_leaves_the_last_checkpoint(tmp_path: P
     def fill(model: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(UserError, match="No space left on device.*earlier checkpoints are whole"):
+    with pytest.raises(UserError, match=r"No space left on device.*earlier checkpoints are whole"):
         save(tmp_path / "step-00000002", 2, small.engine, small.ema, fill, {})
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
     Checkpoint(tmp_path / "step-00000001")
