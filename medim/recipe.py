@@ -65,7 +65,7 @@ class TrainConfig:
 
     run_dir: str
     data: DataOptions
-    init: str = ""
+    init: str | None = ""
     seed: int = 0
     text_tokenizer: str = "tokenizers/demo-bpe"
     image_tokenizer: str = "tokenizers/demo-vq"

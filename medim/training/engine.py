@@ -8,7 +8,9 @@ FSDP2 is torch's `fully_shard` itself: through accelerate it does nothing on a C
 
 from __future__ import annotations
 
+import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -221,13 +223,19 @@ class DeepSpeed(Engine):
         config["train_batch_size"] = self.accelerator.num_processes
         import deepspeed
 
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's own calls
         if not torch.cuda.is_available():
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else an extension is compiled: a minute
         device = self.accelerator.device
         if self.stage == 3:
             lead = self.accelerator.is_main_process  # its weights are sent to the others
 
+            bf16 = bool(config.get("bf16", {}).get("enabled"))
+
             def partition(name: str, unit: nn.Module) -> None:
+                for parameter in unit.parameters() if bf16 else ():
+                    parameter.data = parameter.data.to(torch.bfloat16)
                 deepspeed.zero.Init(module=unit, config_dict_or_path=config)
 
             materialise(self.inner, stored, seed, device, hand_on=partition, fill=lead)

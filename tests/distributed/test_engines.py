@@ -71,3 +71,15 @@ def test_four_processes_and_a_checkpoint_for_two(engine: str, runs: Any) -> None
 def test_two_processes_in_two_parts(engine: str, runs: Any) -> None:
     runs.run(f"{engine}-parts", engine, 2, train__accumulate=2)
     runs.compare(f"{engine}-parts", "one", CLOSE)
+
+
+@pytest.mark.parametrize("engine", [pytest.param(e, marks=() if e == "zero3" else pytest.mark.slow) for e in ENGINES])
+def test_in_bf16_it_is_near_and_goes_on_bit_for_bit(engine: str, runs: Any) -> None:
+    """Weights are bf16 in the network and float32 in the checkpoint."""
+    name = f"{engine}-bf16"
+    runs.run(name, engine, 2, train__precision="bf16")
+    far = max(abs(a - b) for a, b in zip(runs.losses(name), runs.losses("one"), strict=True))
+    assert 1e-5 < far < 2e-2
+    runs.fork(name, f"{name}-again", 10)
+    runs.run(f"{name}-again", engine, 2, train__precision="bf16")
+    runs.compare(f"{name}-again", name, 0.0)
