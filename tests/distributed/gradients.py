@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -26,10 +27,8 @@ def main(out: str, path: str, *overrides: str) -> None:
         raise StopIteration
 
     run.engine.step = keep  # type: ignore[assignment]
-    try:
+    with contextlib.suppress(StopIteration):
         loop._update(run, task.batches(0, run.rank, run.world, config.train.accumulate))
-    except StopIteration:
-        pass
     if accelerator.is_main_process:
         save_file(found, out)
     accelerator.end_training()
