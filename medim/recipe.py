@@ -16,9 +16,11 @@ from medim.data.order import Order, shares
 from medim.data.phantom import Outlines
 from medim.diffusion import Schedule
 from medim.errors import UserError
+from medim.model.adapters import fingerprint, is_adapters, read_settings
+from medim.model.lora import LoraOptions, add_lora
 from medim.model.medim import MeDiMModel, ModelOptions
 from medim.objective import ObjectiveOptions
-from medim.pipeline import MeDiM, save_folder
+from medim.pipeline import MeDiM, resolve, save_folder
 from medim.sampling import Sampling
 from medim.tokenization.image import VQTokenizer
 from medim.tokenization.joint import JointTokenizer, SlotOptions
@@ -58,6 +60,7 @@ class TrainConfig:
         run_dir: holds the config, `metrics.jsonl`, checkpoints and the final model.
         init: a model folder (or `demo`) to go on from, with its tokenizers; empty: a new model from `model`.
         seed: of the weights, the data order, the noise levels and the masks.
+        lora: adapters over `init` instead of all its weights; the run's models are then folders of adapters.
     """
 
     run_dir: str
@@ -70,6 +73,7 @@ class TrainConfig:
     model: ModelOptions = ModelOptions()
     objective: ObjectiveOptions = ObjectiveOptions()
     train: TrainOptions = TrainOptions()
+    lora: LoraOptions = LoraOptions()
 
 
 def make_task(config: TrainConfig) -> DiffusionTask:
@@ -80,6 +84,11 @@ def make_task(config: TrainConfig) -> DiffusionTask:
     """
     torch.manual_seed(config.seed)
     if config.init:
+        if is_adapters(folder := resolve(config.init)):
+            over = read_settings(folder).base
+            raise UserError(
+                f"init={config.init}: adapters over {over}; merge them: medim merge {config.init} --out DIR"
+            )
         start = MeDiM.from_pretrained(config.init)
         model, joint, sampling = start.model, start.joint, start.sampling
     else:
@@ -98,6 +107,8 @@ def make_task(config: TrainConfig) -> DiffusionTask:
             file=sys.stderr,
         )
     model.config.condition_dropout, model.config.condition_attention = config.objective.condition_dropout, attention
+    if config.lora.rank:
+        add_lora(model, config.lora, config.seed, config.init, _adapted_base(config.init))
     write = partial(save_folder, joint=joint, sampling=sampling)
     folders = [config.data.path] if isinstance(config.data.path, str) else config.data.path
     if config.data.studies:
@@ -110,6 +121,13 @@ def make_task(config: TrainConfig) -> DiffusionTask:
     return DiffusionTask(
         model, rows, order, config.objective, config.train.batch_size, config.seed, write, config.data.pack
     )
+
+
+def _adapted_base(init: str) -> str:
+    """The fingerprint of the model that adapters are trained over."""
+    if not init:
+        raise UserError("lora.rank: adapters are trained over a trained model; set init to its folder, or demo")
+    return fingerprint(resolve(init))
 
 
 def _embed(config: TrainConfig, joint: JointTokenizer, folder: Path) -> None:
