@@ -121,7 +121,7 @@ def apply_adapters(model: MeDiMModel, folder: Path) -> None:
             shape = [len(b), value.shape[1]]
         if shape != list(target.shape):
             raise UserError(
-                f"{folder}: adapters do not fit their base: {name} is for {shape}, not {list(target.shape)}"
+                f"{folder}: adapters do not fit their base: {name} is for {shape}, not for {[*target.shape]}"
             )
         if plain is None:
             target.add_(b @ value, alpha=o.alpha / o.rank)

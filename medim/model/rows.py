@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from medim.errors import UserError
-from medim.model.head import check_groups, restricted_cross_entropy, restricted_logits
+from medim.model.head import check_groups, restricted_cross_entropy
 
 Interval = tuple[int, int]
 
@@ -106,7 +106,7 @@ class SplitHead(SplitTable):
 
     def _logits(self, hidden: Tensor, start: int, stop: int) -> Tensor:
         columns, first = self._columns(start, stop)
-        return restricted_logits(hidden, columns.to(hidden.dtype), start - first, stop - first)
+        return nn.functional.linear(hidden, columns[start - first : stop - first].to(hidden.dtype))
 
     def _columns(self, start: int, stop: int) -> tuple[Tensor, int]:
         """A tensor that holds these columns, and which column is its first."""
