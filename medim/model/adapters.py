@@ -124,7 +124,7 @@ def apply_adapters(model: MeDiMModel, folder: Path) -> None:
                 f"{folder}: adapters do not fit their base: {name} is for {shape}, not for {[*target.shape]}"
             )
         if plain is None:
-            target.add_(b @ value, alpha=o.alpha / o.rank)
+            target.add_(b.to(target.dtype) @ value.to(target.dtype), alpha=o.alpha / o.rank)
         else:
             target.copy_(value)
 
