@@ -16,7 +16,7 @@ from medim.data.phantom import Outlines
 from medim.diffusion import Schedule
 from medim.errors import UserError
 from medim.model.adapters import fingerprint, is_adapters, read_settings
-from medim.model.lora import LoraOptions
+from medim.model.lora import LoraOptions, add_lora
 from medim.model.medim import MeDiMConfig, MeDiMModel, ModelOptions, config_of
 from medim.objective import ObjectiveOptions
 from medim.pipeline import read_sampling, resolve, save_parts
