@@ -11,7 +11,7 @@ STAMP := .venv/.installed
 .PHONY: help .venv demo test test-all check format clean
 
 help:  ## list the targets
-	@grep -hE '^[-.a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([.a-z]+):.*## /  make \1\t/' | expand -t 18
+	@grep -hE '^[-.a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([-.a-z]+):.*## /  make \1\t/' | expand -t 18
 
 .venv: $(STAMP)  ## install everything into .venv; runs again only when pyproject.toml or constraints.txt change
 

@@ -15,7 +15,6 @@ import numpy as np
 import PIL.Image
 import torch
 from jaxtyping import Bool, Int
-from safetensors import SafetensorError
 from torch import Tensor
 
 from medim.canvas import ROLES, Canvas
@@ -24,6 +23,9 @@ from medim.diffusion import Denoiser, groups_of, token_nll
 from medim.errors import UserError
 from medim.given import TASKS, Draft, Given, Reader, Request, Task
 from medim.likelihood import NLL, Fit, Ranking, Scorer
+from medim.loading import ASSETS as ASSETS  # a part of this module for others, as is resolve
+from medim.loading import load_network, resolve
+from medim.model import adapters
 from medim.model.denoiser import BoundDenoiser
 from medim.model.medim import MeDiMModel
 from medim.pictures import Pixels
@@ -31,8 +33,6 @@ from medim.sampling import Cost, Plan, Sampling, halton_order, sample
 from medim.template import Forbidding
 from medim.tokenization.joint import JointTokenizer
 
-ASSETS = Path(__file__).parent / "assets"
-SHIPPED = ("demo",)
 BOUND_TIMES = 32  # forward passes that compare fillings of different lengths
 
 
@@ -100,15 +100,20 @@ class MeDiM:
         self.reader = Reader(joint, slots)
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, device: str | torch.device = "cpu") -> MeDiM:
-        """Load a model folder, or the shipped ``demo``.
+    def from_pretrained(
+        cls, name: str | Path, device: str | torch.device = "cpu", base: str | Path | None = None
+    ) -> MeDiM:
+        """Load a model folder, or the shipped ``demo``, or adapters, merged into the model that they were trained over.
+
+        Args:
+            base: where that model is now, if it was moved: a folder of ours, or of its plain backbone.
 
         Raises:
-            UserError: no such folder, an incomplete one, or tokenizers that are not the checkpoint's.
+            UserError: no such folder, an incomplete one, tokenizers that are not the checkpoint's, or another base.
         """
         folder = resolve(name)
         joint = JointTokenizer.from_pretrained(folder)
-        model = _load_network(folder)
+        model = load_network(folder, base)
         if model.vocabulary != joint.vocabulary:
             raise UserError(
                 f"{folder}: config.json and canvas.json disagree about the vocabulary; the folder was mixed up"
@@ -459,7 +464,11 @@ def save_folder(
     folder: Path, model: MeDiMModel, slots: dict[str, dict[int, int]], *, joint: JointTokenizer, sampling: Sampling
 ) -> None:
     """Write what `MeDiM.from_pretrained` reads."""
-    model.save_pretrained(folder)
+    if model.lora is None:
+        model.save_pretrained(folder)
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        adapters.write_weights(folder, {name: p for name, p in model.named_parameters() if p.requires_grad})
     save_parts(folder, model, slots, joint=joint, sampling=sampling)
 
 
@@ -467,6 +476,8 @@ def save_parts(
     folder: Path, model: MeDiMModel, slots: dict[str, dict[int, int]], *, joint: JointTokenizer, sampling: Sampling
 ) -> None:
     """Write a model folder but for its weights: config, tokenizers, report slots, sampling defaults."""
+    if model.lora is not None:
+        adapters.write_settings(folder, model.lora)
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     joint.save_pretrained(folder)
@@ -478,41 +489,6 @@ def read_sampling(folder: Path) -> Sampling:
     """The sampling defaults of a model folder."""
     path = folder / "sampling.json"
     return Sampling.read(path) if path.is_file() else Sampling()
-
-
-def resolve(name: str | Path) -> Path:
-    """The folder of a model name.
-
-    Raises:
-        UserError: it does not exist or is not a model folder.
-    """
-    folder = ASSETS / str(name) if str(name) in SHIPPED else Path(name)
-    if not folder.is_dir():
-        raise UserError(f"{name}: no such model; give a folder such as runs/demo/final, or `demo` for the shipped one")
-    for part in ("config.json", "canvas.json", "report_slots.json"):
-        if not (folder / part).is_file():
-            raise UserError(f"{name}: not a MeDiM model folder: {part} is missing")
-    if not any(folder.glob("model*.safetensors")):
-        raise UserError(f"{name}: not a MeDiM model folder: model.safetensors is missing")
-    return folder
-
-
-def _load_network(folder: Path) -> MeDiMModel:
-    """The weights, all of them: `from_pretrained` alone would fill what is missing with random numbers."""
-    try:
-        loaded: Any = MeDiMModel.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
-        )
-        model, said = loaded
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{folder}: weights cannot be loaded ({' '.join(str(error).split())[:200]})") from error
-    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if said[what]:
-            name = sorted(map(str, said[what]))[0]
-            raise UserError(
-                f"{folder}: weights do not fit config.json: {len(said[what])} {what.split('_')[0]}, first {name}"
-            )
-    return model
 
 
 def _read_json(path: Path) -> dict[str, Any]:

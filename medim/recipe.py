@@ -15,6 +15,8 @@ from medim.data.order import Order, shares
 from medim.data.phantom import Outlines
 from medim.diffusion import Schedule
 from medim.errors import UserError
+from medim.model.adapters import fingerprint, is_adapters, read_settings
+from medim.model.lora import LoraOptions, add_lora
 from medim.model.medim import MeDiMConfig, MeDiMModel, ModelOptions, config_of
 from medim.objective import ObjectiveOptions
 from medim.pipeline import read_sampling, resolve, save_parts
@@ -61,11 +63,12 @@ class TrainConfig:
         init: a model folder (or `demo`) or a checkpoint to go on from, with its tokenizers; empty: a new model from
             `model`.
         seed: of the weights, the data order, the noise levels and the masks.
+        lora: adapters over `init` instead of all its weights; the run's models are then folders of adapters.
     """
 
     run_dir: str
     data: DataOptions
-    init: str = ""
+    init: str | None = ""
     seed: int = 0
     text_tokenizer: str = "tokenizers/demo-bpe"
     image_tokenizer: str = "tokenizers/demo-vq"
@@ -73,6 +76,7 @@ class TrainConfig:
     model: ModelOptions = ModelOptions()
     objective: ObjectiveOptions = ObjectiveOptions()
     train: TrainOptions = TrainOptions()
+    lora: LoraOptions = LoraOptions()
 
 
 def make_task(config: TrainConfig) -> DiffusionTask:
@@ -83,10 +87,13 @@ def make_task(config: TrainConfig) -> DiffusionTask:
     """
     stored: Source | None = None
     if config.init:
-        is_checkpoint = (
-            Path(config.init) / STATE_NAME
-        ).is_file()  # a checkpoint: a model folder whose weights are in pieces
+        is_checkpoint = (Path(config.init) / STATE_NAME).is_file()  # a model folder whose weights are in pieces
         folder = Path(config.init) / "model" if is_checkpoint else resolve(config.init)
+        if is_adapters(folder):
+            raise UserError(
+                f"init={config.init}: adapters over {read_settings(folder).base}; merge them: medim merge "
+                f"{config.init} --out DIR"
+            )
         stored = Averaged(Path(config.init)) if is_checkpoint else Stored(folder)
         joint, sampling = JointTokenizer.from_pretrained(folder), read_sampling(folder)
         shape = MeDiMConfig.from_pretrained(folder)
@@ -97,6 +104,8 @@ def make_task(config: TrainConfig) -> DiffusionTask:
         shape.schedule, shape.schedule_power = config.objective.schedule, config.objective.schedule_power
     with skeleton():
         model = MeDiMModel(shape)
+    if model.vocabulary != joint.vocabulary:
+        raise UserError(f"{config.init}: config.json and canvas.json disagree about the vocabulary; it was mixed up")
     wanted = Schedule(config.objective.schedule, config.objective.schedule_power)
     if model.schedule != wanted:
         raise UserError(f"objective.schedule: {wanted} is asked for, {config.init} was trained with {model.schedule}")
@@ -108,6 +117,8 @@ def make_task(config: TrainConfig) -> DiffusionTask:
             file=sys.stderr,
         )
     model.config.condition_dropout, model.config.condition_attention = config.objective.condition_dropout, attention
+    if config.lora.rank:
+        add_lora(model, config.lora, config.seed, config.init or "", _adapted_base(config.init or ""))
     write = partial(save_parts, joint=joint, sampling=sampling)
     folders = [config.data.path] if isinstance(config.data.path, str) else config.data.path
     if config.data.studies:
@@ -120,6 +131,13 @@ def make_task(config: TrainConfig) -> DiffusionTask:
     return DiffusionTask(
         model, rows, order, config.objective, config.train.batch_size, config.seed, write, config.data.pack, stored
     )
+
+
+def _adapted_base(init: str) -> str:
+    """The fingerprint of the model that adapters are trained over."""
+    if not init or (Path(init) / STATE_NAME).is_file():
+        raise UserError("lora.rank: adapters are trained over a model folder: set init to one (medim export), or demo")
+    return fingerprint(resolve(init))
 
 
 def _embed(config: TrainConfig, joint: JointTokenizer, folder: Path) -> None:

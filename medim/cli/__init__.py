@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from medim.cli.inspection import inspect
+from medim.cli.merge import merge
 from medim.cli.preparation import prepare
 from medim.cli.sampling import sample
 from medim.cli.scoring import score
@@ -16,7 +17,7 @@ from medim.cli.tokenizers import tokenizer, train_vq
 from medim.cli.training import export, train
 from medim.errors import UserError
 
-__all__ = ["export", "inspect", "main", "prepare", "run", "sample", "score", "tokenizer", "train", "train_vq"]
+__all__ = ["export", "inspect", "main", "merge", "prepare", "run", "sample", "score", "tokenizer", "train", "train_vq"]
 
 
 def run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
@@ -45,6 +46,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "prepare": (prepare, "encode studies once, before training"),
     "inspect": (inspect, "what is in a prepared dataset, and what is wrong with it"),
     "score": (score, "bits that a model needs for each study; which report fits"),
+    "merge": (merge, "adapters into the model that they were trained over"),
     "tokenizer": (tokenizer, "check an image tokenizer, ours or a published one"),
 }
 

@@ -56,7 +56,7 @@ def sample(argv: Sequence[str]) -> int:
 
     if args.task not in TASKS:
         raise UserError(f"--task {args.task}: unknown task; one of {', '.join(TASKS)}")
-    model = MeDiM.from_pretrained(args.model, pick_device(args.device))
+    model = MeDiM.from_pretrained(args.model, pick_device(args.device), args.base)
     start = Sampling.read(args.sampling) if args.sampling else model.sampling
     sampling = start.override(args.plan, args.steps, args.guidance, args.temperature, args.order, args.cache_refresh)
     requests = _requests(args, model.domains)
@@ -88,6 +88,7 @@ def sample(argv: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = make_parser("sample.py", HELP)
     parser.add_argument("model", help="a model folder, or demo")
+    parser.add_argument("--base", metavar="DIR", help="of adapters: the model they were trained over, if it was moved")
     parser.add_argument("--task", default="pair", help="pair, report, image, infill, inpaint or edit (default pair)")
     parser.add_argument("--out", required=True, help="a new or empty folder")
     parser.add_argument("-n", "--n", type=int, default=8, help="samples to make, for each line of --input if given (8)")

@@ -35,6 +35,7 @@ def score(argv: Sequence[str]) -> int:
     """`medim score MODEL --input FILE.jsonl`."""
     parser = make_parser("medim score", HELP)
     parser.add_argument("model", help="a model folder, or demo")
+    parser.add_argument("--base", metavar="DIR", help="of adapters: the model they were trained over, if it was moved")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--input", help="JSON lines of studies: id, domain, image, report (task rank: reports)")
     source.add_argument("--demo", type=int, metavar="N", help="N embedded validation studies")
@@ -54,7 +55,7 @@ def score(argv: Sequence[str]) -> int:
     quiet()
     from medim.pipeline import MeDiM
 
-    model = MeDiM.from_pretrained(args.model, pick_device(args.device))
+    model = MeDiM.from_pretrained(args.model, pick_device(args.device), args.base)
     (_rank if args.task == "rank" else _bits)(model, args)
     return 0
 

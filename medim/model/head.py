@@ -47,7 +47,7 @@ def restricted_cross_entropy(
     Raises:
         ValueError: groups that do not fit the rows, or columns that do not fit the weight.
     """
-    groups = _groups(len(hidden), len(weight), start, stop, rows)
+    groups = check_groups(len(hidden), len(weight), start, stop, rows)
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     wanted = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
@@ -120,7 +120,7 @@ class RestrictedHead(nn.Linear):
         return restricted_logits(hidden, self.weight, start, stop)
 
 
-def _groups(
+def check_groups(
     n: int, size: int, start: int | Sequence[int], stop: int | Sequence[int], rows: Sequence[int] | None
 ) -> Groups:
     """Start, stop and rows in one form, checked."""

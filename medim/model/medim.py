@@ -23,6 +23,8 @@ from medim.model.attention import attention_of, key_mask
 from medim.model.backbone import BackboneOptions, config_from_options, decoder_layers, grow_vocabulary, make_backbone
 from medim.model.denoiser import BoundDenoiser
 from medim.model.head import RestrictedHead
+from medim.model.lora import Adapted
+from medim.model.rows import SplitHead
 from medim.vocabulary import KINDS, Vocabulary
 
 
@@ -110,6 +112,7 @@ class MeDiMModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
+    lora: Adapted | None = None  # what `medim.model.lora.add_lora` did to it
 
     def __init__(self, config: MeDiMConfig) -> None:
         super().__init__(config)
@@ -144,15 +147,18 @@ class MeDiMModel(PreTrainedModel):
         return cls(config_of(o, vocabulary))
 
     @classmethod
-    def from_backbone(cls, source: str | Path, vocabulary: Vocabulary, adaln_dim: int = 128) -> MeDiMModel:
+    def from_backbone(
+        cls, source: str | Path, vocabulary: Vocabulary, adaln_dim: int = 128, config: MeDiMConfig | None = None
+    ) -> MeDiMModel:
         """A pretrained language model with its weights, without its causal mask, with rows for codes and tags.
 
         Args:
             source: a folder or hub name that `AutoModelForCausalLM.from_pretrained` takes.
+            config: of a model that was made so before; replaces `adaln_dim`.
         """
         pretrained = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
         grow_vocabulary(pretrained, vocabulary.size)
-        model = cls(MeDiMConfig(pretrained.config.to_dict(), vocabulary.to_dict(), adaln_dim))
+        model = cls(config or MeDiMConfig(pretrained.config.to_dict(), vocabulary.to_dict(), adaln_dim))
         model.backbone.load_state_dict(pretrained.state_dict())
         return model
 
@@ -162,7 +168,7 @@ class MeDiMModel(PreTrainedModel):
         return Schedule(self.config.schedule, self.config.schedule_power)
 
     @property
-    def head(self) -> RestrictedHead:
+    def head(self) -> RestrictedHead | SplitHead:
         """The output matrix as a module: what is wanted of it, it computes inside its own forward pass."""
         return self.backbone.get_output_embeddings()
 

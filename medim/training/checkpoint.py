@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from medim.errors import UserError
+from medim.model.adapters import is_adapters, write_weights
 from medim.training.engine import EMA, Engine
 from medim.training.folders import STATE_NAME, flush, write_folder
 
@@ -234,4 +235,7 @@ def fill(folder: Path, found: Checkpoint, field: str, dtype: torch.dtype) -> Non
     """Write a model folder: what the checkpoint keeps of it, and its weights."""
     shutil.copytree(found.folder / "model", folder, dirs_exist_ok=True)
     state = {name: value.to(dtype) for name, value in found.whole(field)}
-    save_torch_state_dict(state, folder)
+    if is_adapters(folder):
+        write_weights(folder, state)
+    else:
+        save_torch_state_dict(state, folder)

@@ -8,7 +8,9 @@ FSDP2 is torch's `fully_shard` itself: through accelerate it does nothing on a C
 
 from __future__ import annotations
 
+import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -103,6 +105,11 @@ class Engine:
         """What the way of sharing is called."""
         return "DDP"
 
+    @property
+    def divides_weights(self) -> bool:
+        """Whether a process holds a part of each weight."""
+        return False
+
     def build(self, stored: Source | None, seed: int, make_optimizer: MakeOptimizer, compiled: bool) -> None:
         """Give the skeleton its weights and make the optimizer."""
         materialise(self.inner, stored, seed, self.accelerator.device)
@@ -163,6 +170,7 @@ class FSDP2(Engine):
 
     replicated = False
     way = "FSDP2"
+    divides_weights = True
 
     def build(self, stored: Source | None, seed: int, make_optimizer: MakeOptimizer, compiled: bool) -> None:
         device = self.accelerator.device
@@ -211,23 +219,32 @@ class DeepSpeed(Engine):
 
     replicated = False
 
+    def __init__(self, accelerator: Accelerator, inner: nn.Module, clip: float) -> None:
+        super().__init__(accelerator, inner, clip)
+        self.config = accelerator.state.deepspeed_plugin.deepspeed_config
+        self.stage = int(self.config["zero_optimization"]["stage"])
+
     def build(self, stored: Source | None, seed: int, make_optimizer: MakeOptimizer, compiled: bool) -> None:
-        plugin = self.accelerator.state.deepspeed_plugin
-        config = plugin.deepspeed_config
-        self.stage = int(config["zero_optimization"]["stage"])
+        config = self.config
         config["gradient_clipping"] = self.clip  # left out, it is 1
         config["gradient_accumulation_steps"] = 1  # the loop divides by the global count, and says when a step is over
         config["train_micro_batch_size_per_gpu"] = 1  # not used: batches come ready
         config["train_batch_size"] = self.accelerator.num_processes
         import deepspeed
 
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's own calls
         if not torch.cuda.is_available():
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else an extension is compiled: a minute
         device = self.accelerator.device
         if self.stage == 3:
             lead = self.accelerator.is_main_process  # its weights are sent to the others
 
+            bf16 = bool(config.get("bf16", {}).get("enabled"))
+
             def partition(name: str, unit: nn.Module) -> None:
+                for parameter in unit.parameters() if bf16 else ():
+                    parameter.data = parameter.data.to(torch.bfloat16)
                 deepspeed.zero.Init(module=unit, config_dict_or_path=config)
 
             materialise(self.inner, stored, seed, device, hand_on=partition, fill=lead)
@@ -263,6 +280,10 @@ class DeepSpeed(Engine):
     @property
     def way(self) -> str:
         return f"ZeRO-{self.stage}"
+
+    @property
+    def divides_weights(self) -> bool:
+        return self.stage == 3
 
     def set_rate(self, rate: float) -> None:
         for group in self.zero.param_groups:

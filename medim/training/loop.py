@@ -106,6 +106,10 @@ class Task(Protocol):
         """Sums over a batch."""
         ...
 
+    def check_sharing(self, way: str, divides_weights: bool) -> None:
+        """Raise UserError if the network cannot be shared so."""
+        ...
+
     def save(self, folder: Path) -> None:
         """Write a model folder without its weights."""
         ...
@@ -175,6 +179,7 @@ class _Run:
         if o.gradient_checkpointing:
             task.model.recompute_blocks(o.gradient_checkpointing)  # type: ignore[operator]
         self.engine = make_engine(accelerator, task.model, o.clip)
+        task.check_sharing(self.engine.way, self.engine.divides_weights)
         self.engine.build(task.stored, task.seed, lambda model: make_optimizer(model, o), o.compile)
         self.ema = EMA(self.engine, o.ema)
         if found is not None:

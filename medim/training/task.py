@@ -14,6 +14,7 @@ from torch import nn
 
 from medim.canvas import Canvas, Row, Segment, layout
 from medim.data.order import Order, share
+from medim.model.lora import check_sharing
 from medim.model.medim import MeDiMModel
 from medim.objective import Batch, Loss, ObjectiveOptions, count, loss, make_batch
 from medim.tokenization.joint import JointTokenizer
@@ -113,6 +114,11 @@ class DiffusionTask:
     def save(self, folder: Path) -> None:
         """All of a model folder but the weights: config, tokenizers, histogram of report slots, sampling defaults."""
         self.write(folder, self.model, self.slots)
+
+    def check_sharing(self, way: str, divides_weights: bool) -> None:
+        """Refuse adapters over a model that cannot be shared so."""
+        if self.model.lora is not None:
+            check_sharing(self.model.lora.options, way, not divides_weights)
 
     @property
     def identity(self) -> dict[str, Any]:

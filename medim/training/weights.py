@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from medim.errors import UserError
+from medim.model.lora import draw_factor, plain_name, quantise
 
 
 def skeleton() -> AbstractContextManager[None]:
@@ -120,6 +121,8 @@ def materialise(
     """
     born: dict[int, nn.Parameter] = {}  # tied parameters stay one
     read: set[str] = set()
+    lora = getattr(model, "lora", None)
+    bits = lora.options.bits if lora is not None else 0
     for name, unit, owner in list(units(model)):
         new: list[str] = []
         for inner, module in unit.named_modules():
@@ -135,10 +138,11 @@ def materialise(
             if stored is None:
                 draw(unit, owner, seed, name)
             else:
-                read |= _copy(model, stored, new)
+                read |= _copy(model, stored, new, seed)
         for buffer_owner in unit.modules():
             for key, buffer in buffer_owner._buffers.items():
                 buffer_owner._buffers[key] = buffer if buffer is None else buffer.to(device)
+        quantise(unit, bits)
         if hand_on is not None:
             hand_on(name, unit)
     if stored is not None and fill:
@@ -148,15 +152,21 @@ def materialise(
             raise UserError(f"{stored.folder}: weights do not fit config.json: {len(unknown)} unknown, {unknown[0]}")
 
 
-def _copy(model: nn.Module, stored: Source, names: list[str]) -> set[str]:
-    """Fill parameters from a folder; returns the names that were read."""
+@torch.no_grad()
+def _copy(model: nn.Module, stored: Source, names: list[str], seed: int) -> set[str]:
+    """Fill parameters from a folder, and adapters' factors with fresh ones; returns the names that were read."""
+    read = set()
     for name in names:
-        parameter, value = model.get_parameter(name), stored.read(name)
+        parameter, plain = model.get_parameter(name), plain_name(name)
+        if plain is None:
+            draw_factor(name, parameter, seed)
+            continue
+        value = stored.read(plain.name)[plain.start : plain.stop]
         if parameter.shape != value.shape:
             raise UserError(
-                f"{stored.folder}: weights do not fit config.json: {name} is {list(value.shape)}, "
+                f"{stored.folder}: weights do not fit config.json: {plain.name} is {list(value.shape)}, "
                 f"wanted {list(parameter.shape)}"
             )
-        with torch.no_grad():
-            parameter.copy_(value)
-    return set(names)
+        parameter.copy_(value)
+        read.add(plain.name)
+    return read

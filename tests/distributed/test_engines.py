@@ -6,6 +6,7 @@ import itertools
 from typing import Any
 
 import pytest
+import torch
 
 from medim import MeDiM
 
@@ -71,3 +72,40 @@ def test_four_processes_and_a_checkpoint_for_two(engine: str, runs: Any) -> None
 def test_two_processes_in_two_parts(engine: str, runs: Any) -> None:
     runs.run(f"{engine}-parts", engine, 2, train__accumulate=2)
     runs.compare(f"{engine}-parts", "one", CLOSE)
+
+
+@pytest.mark.parametrize("engine", [pytest.param(e, marks=() if e == "zero3" else pytest.mark.slow) for e in ENGINES])
+def test_in_bf16_it_is_near_and_goes_on_bit_for_bit(engine: str, runs: Any) -> None:
+    """Weights are bf16 in the network and float32 in the checkpoint."""
+    name = f"{engine}-bf16"
+    runs.run(name, engine, 2, train__precision="bf16")
+    far = max(abs(a - b) for a, b in zip(runs.losses(name), runs.losses("one"), strict=True))
+    assert 1e-5 < far < 2e-2
+    runs.fork(name, f"{name}-again", 10)
+    runs.run(f"{name}-again", engine, 2, train__precision="bf16")
+    runs.compare(f"{name}-again", name, 0.0)
+
+
+@pytest.fixture(scope="module")
+def adapted(runs: Any) -> None:
+    """Adapters trained in one process, in the run `lora`."""
+    runs.run("lora", **LORA)
+
+
+LORA = {"lora__rank": 4, "train__lr": 2e-3}
+
+
+@pytest.mark.usefixtures("adapted")
+@pytest.mark.parametrize("engine", [pytest.param(e, marks=() if e == "zero3" else pytest.mark.slow) for e in ENGINES])
+def test_adapters_train_save_resume_and_load_over_their_base(engine: str, runs: Any) -> None:
+    name = f"{engine}-lora"
+    runs.run(name, engine, 2, **LORA)
+    assert runs.losses(name) == pytest.approx(runs.losses("lora"), abs=CLOSE, rel=0)
+    runs.fork(name, f"{name}-again", 10)
+    runs.run(f"{name}-again", "", 1, **LORA)
+    assert runs.losses(f"{name}-again") == pytest.approx(runs.losses("lora"), abs=CLOSE, rel=0)
+    held = [path.stat().st_size for path in (runs.folder / name / "checkpoints").glob("*/rank-*")]
+    assert sum(held) < 0.7 * sum(path.stat().st_size for path in (runs.folder / "one/checkpoints").glob("*/rank-*"))
+    ours, theirs = (MeDiM.from_pretrained(runs.folder / n / "final").model.state_dict() for n in (name, "lora"))
+    for key, value in theirs.items():
+        torch.testing.assert_close(ours[key], value, atol=10 * CLOSE, rtol=0)  # the rate is 13 times that of `one`

@@ -141,7 +141,13 @@ def test_the_slurm_script_saves_and_goes_back_into_the_queue(make_runs: Callable
         (runs.folder / name).write_text(f"#!/bin/bash\n{body}\n")
         (runs.folder / name).chmod(0o755)
     slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "here", "SLURM_NNODES": "1", "SLURM_NODEID": "0"}
-    here = {"PYTHON": sys.executable, "ENGINE": "cpu", "GPUS": "2", "PORT": "29533", "PATH": f"{runs.folder}:{os.environ['PATH']}"}
+    here = {
+        "PYTHON": sys.executable,
+        "ENGINE": "cpu",
+        "GPUS": "2",
+        "PORT": "29533",
+        "PATH": f"{runs.folder}:{os.environ['PATH']}",
+    }
     process = runs.start("bash", "configs/slurm/train.sbatch", *runs.command("queued")[2:], **slurm, **here)
     metrics = runs.folder / "queued" / "metrics.jsonl"
     assert wait_for(process, lambda: metrics.is_file() and metrics.read_text().count("\n") >= 3)
