@@ -27,6 +27,7 @@ from medim.tokenization.text import TextTokenizer
 from medim.training.checkpoint import Averaged
 from medim.training.folders import STATE_NAME
 from medim.training.loop import TrainOptions
+from medim.training.sizes import EstimateOptions
 from medim.training.task import DiffusionTask, Rows
 from medim.training.weights import Source, Stored, skeleton
 
@@ -64,6 +65,7 @@ class TrainConfig:
             `model`.
         seed: of the weights, the data order, the noise levels and the masks.
         lora: adapters over `init` instead of all its weights; the run's models are then folders of adapters.
+        estimate: sizes for `medim estimate` where tokenizers and data are elsewhere; training does not read it.
     """
 
     run_dir: str
@@ -77,6 +79,7 @@ class TrainConfig:
     objective: ObjectiveOptions = ObjectiveOptions()
     train: TrainOptions = TrainOptions()
     lora: LoraOptions = LoraOptions()
+    estimate: EstimateOptions = EstimateOptions()
 
 
 def make_task(config: TrainConfig) -> DiffusionTask:
