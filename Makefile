@@ -8,10 +8,10 @@ RUN := .venv/bin/python
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test check format clean
+.PHONY: help .venv demo test test-all check format clean
 
 help:  ## list the targets
-	@grep -hE '^[.a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([.a-z]+):.*## /  make \1\t/' | expand -t 18
+	@grep -hE '^[-.a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([-.a-z]+):.*## /  make \1\t/' | expand -t 18
 
 .venv: $(STAMP)  ## install everything into .venv; runs again only when pyproject.toml or constraints.txt change
 
@@ -32,7 +32,7 @@ $(STAMP): pyproject.toml constraints.txt
 	    *) echo "make: TORCH=$(TORCH) is not one of auto, pinned, system" >&2; exit 1 ;; \
 	esac || { echo "make: no .venv was made with '$(PYTHON)' and TORCH=$$torch; remove .venv and try again with" \
 	    "another PYTHON, or with TORCH=pinned" >&2; exit 1; }
-	@$(RUN) -m pip install -q --disable-pip-version-check -c .venv/constraints.txt -e ".[train,eval,data,dev]"
+	@$(RUN) -m pip install -q --disable-pip-version-check -c .venv/constraints.txt -e ".[train,deepspeed,eval,data,dev]"
 	@# its requirements would replace torch: see pyproject.toml
 	@$(RUN) -m pip install -q --disable-pip-version-check -c .venv/constraints.txt --no-deps taming-transformers-rom1504
 	@touch $@
@@ -47,7 +47,10 @@ demo: $(STAMP)  ## train the demo model further, sample pairs, evaluate, say whe
 	@echo "  contact sheet  runs/demo/samples/contact_sheet.png"
 	@echo "  report page    runs/demo/eval/report.html"
 
-test: $(STAMP)  ## the whole test suite, WORKERS=2 processes
+test: $(STAMP)  ## the test suite, WORKERS=2 processes
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist loadfile -q -m "not slow"
+
+test-all: $(STAMP)  ## the test suite with the slow ones: every engine from every other, twenty kills of each
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist loadfile -q
 
 check: $(STAMP)  ## lint, format, types, layers

@@ -121,8 +121,7 @@ class MeDiM:
         slots = _read_json(folder / "report_slots.json")
         counts = {domain: {int(k): v for k, v in histogram.items()} for domain, histogram in slots.items()}
         model.to(device)  # type: ignore[arg-type]
-        path = folder / "sampling.json"
-        return cls(model, joint, counts, Sampling.read(path) if path.is_file() else Sampling(), str(name))
+        return cls(model, joint, counts, read_sampling(folder), str(name))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a self-contained folder."""
@@ -464,16 +463,32 @@ def _batches(given: Iterator[Given], size: int) -> Iterator[list[Given]]:
 def save_folder(
     folder: Path, model: MeDiMModel, slots: dict[str, dict[int, int]], *, joint: JointTokenizer, sampling: Sampling
 ) -> None:
-    """Write what `MeDiM.from_pretrained` reads: config and weights, tokenizers, report slots, sampling defaults."""
+    """Write what `MeDiM.from_pretrained` reads."""
     if model.lora is None:
         model.save_pretrained(folder)
     else:
-        adapters.write_settings(folder, model.lora)
+        folder.mkdir(parents=True, exist_ok=True)
         adapters.write_weights(folder, {name: p for name, p in model.named_parameters() if p.requires_grad})
-        model.config.save_pretrained(folder)
+    save_parts(folder, model, slots, joint=joint, sampling=sampling)
+
+
+def save_parts(
+    folder: Path, model: MeDiMModel, slots: dict[str, dict[int, int]], *, joint: JointTokenizer, sampling: Sampling
+) -> None:
+    """Write a model folder but for its weights: config, tokenizers, report slots, sampling defaults."""
+    if model.lora is not None:
+        adapters.write_settings(folder, model.lora)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
     joint.save_pretrained(folder)
     (folder / "report_slots.json").write_text(json.dumps(slots) + "\n")
     (folder / "sampling.json").write_text(json.dumps(asdict(sampling), indent=1) + "\n")
+
+
+def read_sampling(folder: Path) -> Sampling:
+    """The sampling defaults of a model folder."""
+    path = folder / "sampling.json"
+    return Sampling.read(path) if path.is_file() else Sampling()
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-import torch
 from pydantic import Field
 
 from medim.config import options
@@ -18,15 +17,18 @@ from medim.diffusion import Schedule
 from medim.errors import UserError
 from medim.model.adapters import fingerprint, is_adapters, read_settings
 from medim.model.lora import LoraOptions, add_lora
-from medim.model.medim import MeDiMModel, ModelOptions
+from medim.model.medim import MeDiMConfig, MeDiMModel, ModelOptions, config_of
 from medim.objective import ObjectiveOptions
-from medim.pipeline import MeDiM, resolve, save_folder
+from medim.pipeline import read_sampling, resolve, save_parts
 from medim.sampling import Sampling
 from medim.tokenization.image import VQTokenizer
 from medim.tokenization.joint import JointTokenizer, SlotOptions
 from medim.tokenization.text import TextTokenizer
+from medim.training.checkpoint import Averaged
+from medim.training.folders import STATE_NAME
 from medim.training.loop import TrainOptions
 from medim.training.task import DiffusionTask, Rows
+from medim.training.weights import Source, Stored, skeleton
 
 
 @options
@@ -58,14 +60,15 @@ class TrainConfig:
 
     Attributes:
         run_dir: holds the config, `metrics.jsonl`, checkpoints and the final model.
-        init: a model folder (or `demo`) to go on from, with its tokenizers; empty: a new model from `model`.
+        init: a model folder (or `demo`) or a checkpoint to go on from, with its tokenizers; empty: a new model from
+            `model`.
         seed: of the weights, the data order, the noise levels and the masks.
         lora: adapters over `init` instead of all its weights; the run's models are then folders of adapters.
     """
 
     run_dir: str
     data: DataOptions
-    init: str = ""
+    init: str | None = ""
     seed: int = 0
     text_tokenizer: str = "tokenizers/demo-bpe"
     image_tokenizer: str = "tokenizers/demo-vq"
@@ -82,20 +85,27 @@ def make_task(config: TrainConfig) -> DiffusionTask:
     Raises:
         UserError: a tokenizer, a dataset or a checkpoint is missing, or they do not belong together.
     """
-    torch.manual_seed(config.seed)
+    stored: Source | None = None
     if config.init:
-        if is_adapters(folder := resolve(config.init)):
-            over = read_settings(folder).base
+        is_checkpoint = (Path(config.init) / STATE_NAME).is_file()  # a model folder whose weights are in pieces
+        folder = Path(config.init) / "model" if is_checkpoint else resolve(config.init)
+        if is_adapters(folder):
             raise UserError(
-                f"init={config.init}: adapters over {over}; merge them: medim merge {config.init} --out DIR"
+                f"init={config.init}: adapters over {read_settings(folder).base}; merge them: medim merge "
+                f"{config.init} --out DIR"
             )
-        start = MeDiM.from_pretrained(config.init)
-        model, joint, sampling = start.model, start.joint, start.sampling
+        stored = Averaged(Path(config.init)) if is_checkpoint else Stored(folder)
+        joint, sampling = JointTokenizer.from_pretrained(folder), read_sampling(folder)
+        shape = MeDiMConfig.from_pretrained(folder)
     else:
         text = TextTokenizer.from_pretrained(config.text_tokenizer)
         joint = JointTokenizer.build(text, VQTokenizer.from_pretrained(config.image_tokenizer), config.slot)
-        model, sampling = MeDiMModel.from_options(config.model, joint.vocabulary), Sampling()
-        model.config.schedule, model.config.schedule_power = config.objective.schedule, config.objective.schedule_power
+        shape, sampling = config_of(config.model, joint.vocabulary), Sampling()
+        shape.schedule, shape.schedule_power = config.objective.schedule, config.objective.schedule_power
+    with skeleton():
+        model = MeDiMModel(shape)
+    if model.vocabulary != joint.vocabulary:
+        raise UserError(f"{config.init}: config.json and canvas.json disagree about the vocabulary; it was mixed up")
     wanted = Schedule(config.objective.schedule, config.objective.schedule_power)
     if model.schedule != wanted:
         raise UserError(f"objective.schedule: {wanted} is asked for, {config.init} was trained with {model.schedule}")
@@ -108,8 +118,8 @@ def make_task(config: TrainConfig) -> DiffusionTask:
         )
     model.config.condition_dropout, model.config.condition_attention = config.objective.condition_dropout, attention
     if config.lora.rank:
-        add_lora(model, config.lora, config.seed, config.init, _adapted_base(config.init))
-    write = partial(save_folder, joint=joint, sampling=sampling)
+        add_lora(model, config.lora, config.seed, config.init or "", _adapted_base(config.init or ""))
+    write = partial(save_parts, joint=joint, sampling=sampling)
     folders = [config.data.path] if isinstance(config.data.path, str) else config.data.path
     if config.data.studies:
         _embed(config, joint, Path(folders[0]))
@@ -119,14 +129,14 @@ def make_task(config: TrainConfig) -> DiffusionTask:
     fits = all(prepare.read_index(folder)["text_tokenizer"] == prepare.text_hash(joint.text) for folder in folders)
     rows = Rows(joint, data, config.data.images, fits)
     return DiffusionTask(
-        model, rows, order, config.objective, config.train.batch_size, config.seed, write, config.data.pack
+        model, rows, order, config.objective, config.train.batch_size, config.seed, write, config.data.pack, stored
     )
 
 
 def _adapted_base(init: str) -> str:
     """The fingerprint of the model that adapters are trained over."""
-    if not init:
-        raise UserError("lora.rank: adapters are trained over a trained model; set init to its folder, or demo")
+    if not init or (Path(init) / STATE_NAME).is_file():
+        raise UserError("lora.rank: adapters are trained over a model folder: set init to one (medim export), or demo")
     return fingerprint(resolve(init))
 
 

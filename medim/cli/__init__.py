@@ -14,10 +14,10 @@ from medim.cli.preparation import prepare
 from medim.cli.sampling import sample
 from medim.cli.scoring import score
 from medim.cli.tokenizers import tokenizer, train_vq
-from medim.cli.training import train
+from medim.cli.training import export, train
 from medim.errors import UserError
 
-__all__ = ["inspect", "main", "merge", "prepare", "run", "sample", "score", "tokenizer", "train", "train_vq"]
+__all__ = ["export", "inspect", "main", "merge", "prepare", "run", "sample", "score", "tokenizer", "train", "train_vq"]
 
 
 def run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
@@ -41,6 +41,7 @@ def run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | No
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (train, "train a model, or go on with a run"),
+    "export": (export, "a training checkpoint as a model folder"),
     "sample": (sample, "make pairs, reports, images, or parts of them"),
     "prepare": (prepare, "encode studies once, before training"),
     "inspect": (inspect, "what is in a prepared dataset, and what is wrong with it"),

@@ -31,12 +31,55 @@ def train(argv: Sequence[str]) -> int:
 
     config = load(args.config, args.overrides, TrainConfig)
     quiet()
-    from accelerate import PartialState
-
+    from medim.training.engine import make_accelerator
     from medim.training.loop import train as run_loop
+    from medim.training.processes import leave, multiplies_bf16
 
-    with PartialState().main_process_first():  # one process encodes the data, the others find it there
+    o = config.train
+    accelerator = make_accelerator(o.precision == "bf16" or (o.precision == "auto" and multiplies_bf16()), o.timeout)
+    with accelerator.main_process_first():  # one process encodes the data, the others find it there
         task = make_task(config)
-    final = run_loop(task, config.train, Path(config.run_dir), dump(config))
-    print(f"model: {final}")
+    final = run_loop(accelerator, task, o, Path(config.run_dir), dump(config))
+    if accelerator.is_main_process:
+        print(f"model: {final}")
+    leave(accelerator)
+    return 0
+
+
+EXPORT = """Make a model folder of a training checkpoint, whatever number of processes wrote it.
+
+  medim export runs/demo --out models/demo                                  # the newest checkpoint of a run
+  medim export runs/demo/checkpoints/step-00000200 --out models/demo-200 --weights last --dtype bfloat16
+
+It needs no GPU and no other process. The averaged weights are what evaluation and sampling are meant for."""
+
+
+def export(argv: Sequence[str]) -> int:
+    """`medim export CHECKPOINT --out DIR`."""
+    parser = make_parser("medim export", EXPORT)
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint, or a run's folder")
+    parser.add_argument("--out", type=Path, required=True, help="the model folder to write")
+    parser.add_argument("--weights", choices=("ema", "last"), default="ema", help="averaged, or those of the last step")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    if not argv:
+        parser.print_help()
+        return 0
+    args = parser.parse_args(argv)
+    import torch
+
+    from medim.errors import UserError
+    from medim.training.checkpoint import Checkpoint
+    from medim.training.checkpoint import export as write
+    from medim.training.folders import STATE_NAME, latest_checkpoint
+
+    chosen: Path | None = args.checkpoint
+    if not (args.checkpoint / STATE_NAME).is_file():
+        chosen = latest_checkpoint(args.checkpoint / "checkpoints", Checkpoint)
+    if chosen is None:
+        raise UserError(f"{args.checkpoint}: neither a checkpoint nor the folder of a run that has one")
+    if args.out.exists():
+        raise UserError(f"--out {args.out}: exists already; remove it or choose another")
+    field = "weight" if args.weights == "last" else "ema"
+    write(chosen, args.out, field, getattr(torch, args.dtype))
+    print(f"{args.out}: {args.weights} weights of {chosen}")
     return 0

@@ -74,6 +74,14 @@ class MeDiMConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
 
+def config_of(o: ModelOptions, vocabulary: Vocabulary) -> MeDiMConfig:
+    """The config of a model made from scratch."""
+    backbone = config_from_options(o.backbone, vocabulary.size)
+    config = MeDiMConfig(backbone.to_dict(), vocabulary.to_dict(), o.adaln_dim, places=o.places)
+    config._attn_implementation = o.backbone.attn_implementation
+    return config
+
+
 class Scored(NamedTuple):
     """Rows whose cross-entropy is wanted: places in the flattened [B*Q], grouped by kind in the order of `KINDS`.
 
@@ -136,10 +144,7 @@ class MeDiMModel(PreTrainedModel):
     @classmethod
     def from_options(cls, o: ModelOptions, vocabulary: Vocabulary) -> MeDiMModel:
         """A model with fresh weights."""
-        backbone = config_from_options(o.backbone, vocabulary.size)
-        config = MeDiMConfig(backbone.to_dict(), vocabulary.to_dict(), o.adaln_dim, places=o.places)
-        config._attn_implementation = o.backbone.attn_implementation
-        return cls(config)
+        return cls(config_of(o, vocabulary))
 
     @classmethod
     def from_backbone(
@@ -236,6 +241,12 @@ class MeDiMModel(PreTrainedModel):
     def attention(self, canvas: Canvas, given: Bool[Tensor, "B L"] | None = None) -> dict[str, Any]:
         """The arguments of `forward` that a canvas asks for; `given` as in `attention_of`."""
         return attention_of(canvas, given, self.attention_backend, self.dtype) | {"place": canvas.place}
+
+    def recompute_blocks(self, every: int = 1) -> None:
+        """Gradient checkpointing: of every `every`-th decoder layer only the input is kept for the backward pass."""
+        self.activation_checkpointing_enable({"use_reentrant": False})
+        for number, layer in enumerate(decoder_layers(self.backbone)):
+            layer.gradient_checkpointing = number % every == 0  # type: ignore[assignment]
 
     def compile_blocks(self, **options: Any) -> None:
         """`torch.compile` each decoder layer with its AdaLN by itself: small graphs without breaks, fast to compile.

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, nullcontext
-from functools import partial
+from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from omegaconf import OmegaConf
+from pydantic import Field
 from torch import nn
 from torch.utils.data import DataLoader
 
 from medim.config import options
 from medim.errors import UserError
 from medim.objective import Batch, Loss
+from medim.training.checkpoint import Checkpoint, export, save
+from medim.training.engine import EMA, make_engine
+from medim.training.folders import latest_checkpoint, prune, same_config
+from medim.training.processes import Agreement, Roll, stop_requests
 from medim.training.report import Meter
-from medim.training.state import EMA, latest_checkpoint, load_checkpoint, prune, save_checkpoint, write_folder
+from medim.training.weights import Source
 
 
 @options
@@ -33,7 +38,12 @@ class TrainOptions:
         ema: decay of the averaged weights, which are what is shipped and evaluated.
         precision: bf16 is autocast, weights and optimizer stay float32; auto takes it where the hardware multiplies in
             bf16 (emulated, it is 60 times slower than fp32).
+        gradient_checkpointing: 1: blocks forget their activations and compute them again; k: every k-th does; 0: none.
+        optimizer: `adamw` is torch's fused one; `adamw_8bit` keeps its moments in 8 bits (bitsandbytes; not with ZeRO
+            or FSDP); `adamw_deepspeed` is DeepSpeed's fused one, for GPUs or for an optimizer that is offloaded.
         workers: loader processes; 0 makes batches in the main process.
+        keep: newest checkpoints that stay; besides, those of every `keep_every`-th step (0: none).
+        timeout: seconds that a process waits for the others before it says that they are gone.
     """
 
     steps: int = 1000
@@ -43,16 +53,20 @@ class TrainOptions:
     warmup: int = 100
     decay_from: float = 0.7
     betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-8
     weight_decay: float = 0.01
     clip: float = 1.0
     ema: float = 0.997
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     compile: bool = False
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Annotated[int, Field(ge=0)] = 0
+    optimizer: Literal["adamw", "adamw_8bit", "adamw_deepspeed"] = "adamw"
     workers: int = 0
     log_every: int = 1
-    checkpoint_every: int = 500
-    keep: int = 2
+    checkpoint_every: Annotated[int, Field(ge=1)] = 500
+    keep: Annotated[int, Field(ge=1)] = 2
+    keep_every: Annotated[int, Field(ge=0)] = 0
+    timeout: float = 1800.0
     tensorboard: bool = False
 
 
@@ -62,7 +76,22 @@ class Task(Protocol):
 
     @property
     def model(self) -> nn.Module:
-        """The network."""
+        """The network, a skeleton."""
+        ...
+
+    @property
+    def stored(self) -> Source | None:
+        """Where its weights are; None: they are drawn from `seed`."""
+        ...
+
+    @property
+    def seed(self) -> int:
+        """Of the weights."""
+        ...
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """What a run must find unchanged to go on, beside its config."""
         ...
 
     def batches(self, step: int, rank: int, world: int, parts: int) -> list[Batch]:
@@ -77,8 +106,12 @@ class Task(Protocol):
         """Sums over a batch."""
         ...
 
-    def save(self, folder: Path, model: nn.Module) -> None:
-        """Write a self-contained model folder."""
+    def check_sharing(self, way: str, divides_weights: bool) -> None:
+        """Raise UserError if the network cannot be shared so."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write a model folder without its weights."""
         ...
 
 
@@ -89,24 +122,32 @@ def learning_rate(step: int, o: TrainOptions) -> float:
     return o.lr * min(1.0, (step + 1) / max(1, o.warmup)) * max(0.0, falling)
 
 
-def make_optimizer(model: nn.Module, o: TrainOptions) -> torch.optim.AdamW:
-    """AdamW; decay on matrices only."""
-    matrices = [p for p in model.parameters() if p.requires_grad and p.dim() >= 2]
-    others = [p for p in model.parameters() if p.requires_grad and p.dim() < 2]
+def make_optimizer(model: nn.Module, o: TrainOptions) -> torch.optim.Optimizer:
+    """AdamW; decay on matrices only.
+
+    Raises:
+        UserError: the optimizer's package is not installed.
+    """
+    matrices = [p for p in model.parameters() if p.requires_grad and _dim(p) >= 2]
+    others = [p for p in model.parameters() if p.requires_grad and _dim(p) < 2]
     groups = [{"params": matrices, "weight_decay": o.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, fused=True)
-
-
-@contextmanager
-def stop_requests() -> Iterator[Callable[[], bool]]:
-    """SIGTERM and SIGUSR1 ask for a checkpoint and a clean end instead of killing."""
-    asked: list[int] = []
-    before = {s: signal.signal(s, lambda number, frame: asked.append(number)) for s in (signal.SIGTERM, signal.SIGUSR1)}
+    groups = [group for group in groups if group["params"]]
+    if o.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, eps=o.eps, fused=True)
     try:
-        yield lambda: bool(asked)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        if o.optimizer == "adamw_8bit":
+            from bitsandbytes.optim import AdamW8bit
+
+            return AdamW8bit(groups, lr=o.lr, betas=o.betas, eps=o.eps)
+        from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+    except ImportError as error:
+        package = {"adamw_8bit": "bitsandbytes"}.get(o.optimizer, "deepspeed")
+        raise UserError(f"train.optimizer={o.optimizer}: {package} is not installed: pip install {package}") from error
+    return (FusedAdam if torch.cuda.is_available() else DeepSpeedCPUAdam)(groups, lr=o.lr, betas=o.betas, eps=o.eps)
+
+
+def _dim(parameter: nn.Parameter) -> int:
+    return len(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 leaves an empty tensor of dimension 1
 
 
 class _Steps(torch.utils.data.Dataset[list[Batch]]):
@@ -121,96 +162,167 @@ class _Steps(torch.utils.data.Dataset[list[Batch]]):
 
 
 class _Run:
-    """What lives as long as a run: the prepared model, optimizer and EMA, where they are kept, and the first step."""
+    """What lives as long as a run: the model as it is shared, its average, where they are kept, and the first step."""
 
-    def __init__(self, task: Task, o: TrainOptions, run_dir: Path, resolved: str) -> None:
-        bf16 = o.precision == "bf16" or (o.precision == "auto" and multiplies_bf16())
-        self.accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no")
-        self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
-        self.lead = self.accelerator.is_main_process
-        self.task, self.o, self.run_dir, self.resolved = task, o, run_dir, resolved
+    def __init__(self, accelerator: Accelerator, task: Task, o: TrainOptions, run_dir: Path, resolved: str) -> None:
+        self.accelerator, self.task, self.o, self.run_dir, self.resolved = accelerator, task, o, run_dir, resolved
+        self.world, self.rank = accelerator.num_processes, accelerator.process_index
+        self.lead = accelerator.is_main_process
+        self.folder, self.first = run_dir / "checkpoints", 0
         if o.batch_size % (self.world * o.accumulate):
             raise UserError(
                 f"train.batch_size={o.batch_size} is not shared evenly by {self.world} processes x {o.accumulate} parts"
             )
-        found = latest_checkpoint(run_dir / "checkpoints")
-        if found is not None and not same_config(run_dir, resolved):
-            raise UserError(
-                f"{run_dir}: holds a run with another config, see its config.yaml; give another run_dir, or that config"
-            )
-        if o.gradient_checkpointing:
-            task.model.activation_checkpointing_enable()  # type: ignore[operator]
-        if o.compile:
-            task.model.compile_blocks()  # type: ignore[operator]
-        self.model, self.optimizer = self.accelerator.prepare(task.model, make_optimizer(task.model, o))
-        self.inner = self.accelerator.unwrap_model(self.model)
-        self.ema, self.first = EMA(self.inner, o.ema), 0
+        found = self._latest()
         if found is not None:
-            self.first = int(load_checkpoint(found, self.inner, self.optimizer.optimizer, self.ema)["step"])
-        self.accelerator.wait_for_everyone()  # all have read before one writes
+            self._check_unchanged(found)
+        if o.gradient_checkpointing:
+            task.model.recompute_blocks(o.gradient_checkpointing)  # type: ignore[operator]
+        self.engine = make_engine(accelerator, task.model, o.clip)
+        task.check_sharing(self.engine.way, self.engine.divides_weights)
+        self.engine.build(task.stored, task.seed, lambda model: make_optimizer(model, o), o.compile)
+        self.ema = EMA(self.engine, o.ema)
+        if found is not None:
+            self.first = found.restore(self.engine, self.ema)
+        accelerator.wait_for_everyone()  # all have read before one writes
         if self.lead:
             run_dir.mkdir(parents=True, exist_ok=True)
             (run_dir / "config.yaml").write_text(resolved)
+            share = o.batch_size // (self.world * o.accumulate)
+            print(f"{self.engine}: {o.batch_size} rows a step, {share} at a time each", file=sys.stderr)
             if found is not None:
-                print(f"resuming after step {self.first} from {found}", file=sys.stderr)
+                print(f"resuming after step {self.first} from {found.folder}", file=sys.stderr)
+
+    def _latest(self) -> Checkpoint | None:
+        """The newest complete checkpoint, as the first process sees it."""
+        chosen = [latest_checkpoint(self.folder, Checkpoint) if self.lead else None]
+        path = broadcast_object_list(chosen)[0]
+        return None if path is None else Checkpoint(path)
+
+    def _check_unchanged(self, found: Checkpoint) -> None:
+        before = {"config": OmegaConf.create(found.state["config"]), "data": found.state["identity"]}
+        now = {"config": OmegaConf.create(self.resolved), "data": self.task.identity}
+        changed = differences(_flat(before), _flat(now))
+        refused = [line for key, line in changed.items() if not _harmless(key, found, self.o)]
+        if refused:
+            said = "\n  ".join(refused)
+            raise UserError(
+                f"{self.run_dir}: what is learnt would not be what either config says, since step "
+                f"{found.state['step']} was reached with\n  {said}\nset it back, or give another run_dir"
+                f" (and init={found.folder} to start from there)"
+            )
+        if changed and self.lead:
+            print("changed since the checkpoint: " + "; ".join(changed.values()), file=sys.stderr)
 
     def save(self, step: int) -> None:
         """A checkpoint after `step`; all processes call it."""
-        self.accelerator.wait_for_everyone()
+        folder = self.folder / f"step-{step:08d}"
+        extra = {
+            "config": OmegaConf.to_container(OmegaConf.create(self.resolved)),
+            "identity": dict(self.task.identity),
+            "torch": torch.__version__,
+        }
+        save(folder, step, self.engine, self.ema, self.task.save, extra)
         if self.lead:
-            folder = self.run_dir / "checkpoints" / f"step-{step:08d}"
-            extra = {"config": self.resolved, "torch": torch.__version__, "batch_size": self.o.batch_size}
-            optimizer, write = self.optimizer.optimizer, partial(self.task.save, model=self.inner)
-            save_checkpoint(folder, step, write, self.inner, optimizer, self.ema, extra)
-            prune(self.run_dir / "checkpoints", self.o.keep)
+            prune(self.folder, self.o.keep, self.o.keep_every)
         self.accelerator.wait_for_everyone()
 
     def finish(self) -> Path:
-        """Write the averaged weights as the final model."""
-        self.accelerator.wait_for_everyone()
-        final = self.run_dir / "final"
+        """Write the averaged weights as the final model, from the last checkpoint."""
+        final, last = self.run_dir / "final", self.folder / f"step-{self.o.steps:08d}"
         if self.lead:
-            self.ema.copy_to(self.inner)
-            write_folder(final, partial(self.task.save, model=self.inner))
+            export(last, final)
         self.accelerator.wait_for_everyone()
         return final
 
+    def where(self) -> str:
+        """How to go on after a failure."""
+        kept = sorted(self.folder.glob("step-*"))
+        return f"start again to go on after {kept[-1].name}" if kept else "no checkpoint was written yet"
 
-def train(task: Task, o: TrainOptions, run_dir: Path, resolved: str) -> Path:
+
+HARMLESS = (
+    *("run_dir", "data.path", "train.accumulate", "train.compile", "train.gradient_checkpointing", "train.workers"),
+    *("train.log_every", "train.checkpoint_every", "train.keep", "train.keep_every", "train.timeout"),
+    *("train.tensorboard", "log", "validation"),
+)
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        flat |= _flat(value, f"{name}.") if hasattr(value, "items") else {name: value}
+    return flat
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+    """Lines such as ``config.train.lr: 0.001, now 0.002``, by key."""
+    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    return {key: f"{key.removeprefix('config.')}: {before.get(key)}, now {now.get(key)}" for key in keys}
+
+
+def _harmless(key: str, found: Checkpoint, o: TrainOptions) -> bool:
+    """Whether a run may go on with another value and still be the run that one config describes."""
+    name = key.removeprefix("config.")
+    if name == "train.steps":  # the learning rate until here was the same if it was not yet falling
+        steps = min(o.steps, int(found.state["config"]["train"]["steps"]))
+        return int(found.state["step"]) <= o.decay_from * steps
+    return any(name == free or name.startswith(f"{free}.") for free in HARMLESS)
+
+
+def train(accelerator: Accelerator, task: Task, o: TrainOptions, run_dir: Path, resolved: str) -> Path:
     """Train, or go on where the last complete checkpoint of `run_dir` ends; returns the final model folder.
 
     Args:
+        accelerator: of `medim.training.engine.make_accelerator`.
         resolved: the whole config as YAML; stored in every checkpoint and compared on resume.
 
     Raises:
-        UserError: `run_dir` belongs to another config, the batch cannot be shared, or the loss is no longer a number.
+        UserError: `run_dir` belongs to another config, the batch cannot be shared, a process is gone, the disk is full,
+            or the loss is no longer a number.
     """
     if (run_dir / "final" / "config.json").is_file() and same_config(run_dir, resolved):
-        print(f"{run_dir}: trained to the end already; to train again, remove it or change run_dir", file=sys.stderr)
+        if accelerator.is_main_process:
+            print(
+                f"{run_dir}: trained to the end already; to train again, remove it or change run_dir", file=sys.stderr
+            )
         return run_dir / "final"
-    run = _Run(task, o, run_dir, resolved)
-    meter = Meter(run_dir, run.first, o.steps, o.batch_size, enabled=run.lead, tensorboard=o.tensorboard)
-    steps = _Steps(task, run.rank, run.world, o, run.first)
-    run.model.train()
-    stop = False
-    with closing(meter), stop_requests() as asked:
-        for step, parts in enumerate(DataLoader(steps, batch_size=None, num_workers=o.workers), start=run.first + 1):
+    roll = Roll(accelerator)
+    run = _Run(accelerator, task, o, run_dir, resolved)
+    with stop_requests() as asked, roll.watch(run.where):  # in this order: the launcher sends SIGTERM when one dies
+        _loop(run, asked)
+        return run.finish()
+
+
+def _loop(run: _Run, asked: Callable[[], bool]) -> None:
+    o, engine = run.o, run.engine
+    meter = Meter(run.run_dir, run.first, o.steps, o.batch_size, enabled=run.lead, tensorboard=o.tensorboard)
+    loader = DataLoader(_Steps(run.task, run.rank, run.world, o, run.first), batch_size=None, num_workers=o.workers)
+    agree = Agreement(run.accelerator)
+    engine.model.train()
+    with closing(meter):
+        for step, parts in enumerate(loader, start=run.first + 1):
             rate = learning_rate(step - 1, o)
-            for group in run.optimizer.param_groups:
-                group["lr"] = rate
-            losses, norm = _update(run.accelerator, task, run.model, run.optimizer, parts, o)
-            run.ema.update(run.inner, step)
+            engine.set_rate(rate)
+            losses, norm = _update(run, parts)
+            run.ema.update(step)
             if step % o.log_every == 0 or step == o.steps:
                 loss = _reduced(run.accelerator, losses)
-                _check_finite(loss, step, run_dir)
+                _check_finite(loss, step, run.run_dir)
                 meter.log(step, loss, norm, rate)
-                stop = any_process(run.accelerator, asked())
-            if step % o.checkpoint_every == 0 or stop:
+            stop = agree(asked())
+            if step % o.checkpoint_every == 0 or stop or step == o.steps:
                 run.save(step)
-            if stop:
-                print(f"stopped on request; saved after step {step}, run the same command to go on", file=sys.stderr)
+            if stop and step < o.steps:
+                agree.finish()
+                if run.lead:
+                    print(
+                        f"stopped on request; saved after step {step}, run the same command to go on", file=sys.stderr
+                    )
                 raise SystemExit(0)
-    return run.finish()
+        agree.finish()
 
 
 def _check_finite(loss: Loss, step: int, run_dir: Path) -> None:
@@ -221,49 +333,23 @@ def _check_finite(loss: Loss, step: int, run_dir: Path) -> None:
         )
 
 
-def _update(
-    accelerator: Accelerator,
-    task: Task,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    parts: list[Batch],
-    o: TrainOptions,
-) -> tuple[list[Loss], torch.Tensor]:
+def _update(run: _Run, parts: list[Batch]) -> tuple[list[Loss], torch.Tensor]:
     """One optimizer step: sum over the global batch divided by the global count, whatever the number of parts."""
+    accelerator, task, engine = run.accelerator, run.task, run.engine
     counts = torch.tensor(sum(task.count(part) for part in parts), device=accelerator.device)
     total_count = accelerator.reduce(counts, "sum").clamp(min=1e-9)
     losses = []
     for number, part in enumerate(parts):
         last = number + 1 == len(parts)
-        with nullcontext() if last else accelerator.no_sync(model), accelerator.autocast():
-            loss = task.loss(model, part.to(accelerator.device))
-        accelerator.backward(loss.total / total_count * accelerator.num_processes)  # DDP takes the mean of gradients
+        with engine.computing(last):
+            with accelerator.autocast():
+                loss = task.loss(engine.model, part.to(accelerator.device))
+            engine.backward(loss.total / total_count * run.world, last)  # gradients become the mean over processes
         losses.append(Loss(loss.total.detach() / total_count, loss.nats, loss.positions))
-    norm = accelerator.clip_grad_norm_(model.parameters(), o.clip)
-    optimizer.step()
-    optimizer.zero_grad()
-    return losses, torch.as_tensor(norm)
+    return losses, engine.step()
 
 
 def _reduced(accelerator: Accelerator, losses: list[Loss]) -> Loss:
     """The sum over parts and processes."""
     sums = [torch.stack([getattr(loss, name) for loss in losses]).sum(0) for name in ("total", "nats", "positions")]
     return Loss(*(accelerator.reduce(value, "sum") for value in sums))
-
-
-def multiplies_bf16() -> bool:
-    """Whether this machine has instructions for it: emulated, bf16 is many times slower than float32."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported()
-
-
-def any_process(accelerator: Accelerator, flag: bool) -> bool:
-    """Whether the flag is set in one process or more; all must ask."""
-    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum") > 0)
-
-
-def same_config(run_dir: Path, resolved: str) -> bool:
-    """Whether a run's stored config is this one."""
-    path = run_dir / "config.yaml"
-    return path.is_file() and path.read_text() == resolved

@@ -14,9 +14,11 @@ from torch import nn
 
 from medim.canvas import Canvas, Row, Segment, layout
 from medim.data.order import Order, share
+from medim.model.lora import check_sharing
 from medim.model.medim import MeDiMModel
 from medim.objective import Batch, Loss, ObjectiveOptions, count, loss, make_batch
 from medim.tokenization.joint import JointTokenizer
+from medim.training.weights import Source
 
 Slots = dict[str, dict[int, int]]
 SLOT_SAMPLE = 5000  # studies that the histogram is taken from
@@ -77,13 +79,15 @@ class DiffusionTask:
         seed: int,
         write: Callable[[Path, MeDiMModel, Slots], None],
         pack: int = 0,
+        stored: Source | None = None,
     ) -> None:
-        """`write` makes a self-contained folder of a model, given the histogram of report slots it was trained on.
+        """`model` may be a skeleton, whose weights are in `stored`, or are drawn if that is None.
 
+        `write` makes a model folder without weights, given the histogram of report slots it was trained on.
         `pack`: positions of a row that holds several studies; 0: one study a row, padded.
         """
         self.model, self.rows, self.order, self.objective = model, rows, order, objective
-        self.batch_size, self.seed, self.write, self.pack = batch_size, seed, write, pack
+        self.batch_size, self.seed, self.write, self.pack, self.stored = batch_size, seed, write, pack, stored
 
     def batches(self, step: int, rank: int, world: int, parts: int) -> list[Batch]:
         """This process's share of a step in `parts`: a pure function of (seed, step)."""
@@ -107,10 +111,19 @@ class DiffusionTask:
         """The objective on one batch."""
         return loss(model, batch, self.objective)
 
-    def save(self, folder: Path, model: nn.Module) -> None:
-        """A self-contained folder: config, weights, both tokenizers, histogram of report slots, sampling defaults."""
-        assert isinstance(model, MeDiMModel)
-        self.write(folder, model, self.slots)
+    def save(self, folder: Path) -> None:
+        """All of a model folder but the weights: config, tokenizers, histogram of report slots, sampling defaults."""
+        self.write(folder, self.model, self.slots)
+
+    def check_sharing(self, way: str, divides_weights: bool) -> None:
+        """Refuse adapters over a model that cannot be shared so."""
+        if self.model.lora is not None:
+            check_sharing(self.model.lora.options, way, not divides_weights)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the order of the studies follows from, beside the config."""
+        return {"studies": list(self.order.sizes), "shares": list(self.order.shares)}
 
     @functools.cached_property
     def slots(self) -> Slots:

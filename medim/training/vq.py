@@ -34,22 +34,15 @@ from medim.config import options
 from medim.errors import UserError
 from medim.tokenization.image import MANIFEST_NAME, VQConfig, VQTokenizer
 from medim.training.codebook import EMACodebook, perplexity
-from medim.training.loop import any_process, multiplies_bf16, same_config, stop_requests
+from medim.training.folders import STATE_NAME, latest_checkpoint, prune, same_config, write_folder
+from medim.training.processes import any_process, multiplies_bf16, stop_requests
 from medim.training.report import Meter
-from medim.training.state import (
-    EMA,
-    latest_checkpoint,
-    load_optimizer_tensors,
-    optimizer_tensors,
-    prune,
-    write_folder,
-)
+from medim.training.state import EMA, load_optimizer_tensors, optimizer_tensors
 from medim.training.vq_data import PictureOptions, Pictures, open_pictures
 from medim.training.vq_evaluation import contact_sheet, evaluate
 from medim.training.vq_losses import Perceptual, adaptive_weight, hinge, make_discriminator, make_distance
 
 CODEBOOK = "quantize.embedding.weight"
-STATE_NAME = "state.json"
 LOG_FLOOR = 1e-4  # a mean squared error of 46 dB, beyond which nothing is gained
 
 

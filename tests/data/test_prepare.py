@@ -255,7 +255,6 @@ def test_a_damaged_folder(how: Encoding, tmp_path: Path) -> None:
         prepare.load(tmp_path)
 
 
-@pytest.mark.slow
 def test_two_processes_at_once(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "medim", "prepare", "demo", "--studies", "12", "--shard-size", "4", "--out"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

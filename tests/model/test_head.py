@@ -228,7 +228,6 @@ def test_under_gradient_checkpointing(
         assert one is not None and torch.equal(one, other)
 
 
-@pytest.mark.slow
 def test_under_compile() -> None:
     """In a process of its own: torch.compile does not trace what checks types at run time here."""
     code = """
@@ -377,7 +376,6 @@ def free_port() -> int:
 
 
 @pytest.mark.distributed
-@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("how", ["zero3", "fsdp"])
 @pytest.mark.parametrize("split", [False, True], ids=["whole", "split"])

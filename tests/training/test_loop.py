@@ -8,15 +8,19 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from medim.errors import UserError
+from medim.training.checkpoint import Checkpoint, export, save
+from medim.training.engine import EMA, Engine
+from medim.training.folders import latest_checkpoint, prune, write_folder
 from medim.training.loop import TrainOptions, learning_rate, make_optimizer
-from medim.training.state import EMA, latest_checkpoint, load_checkpoint, prune, save_checkpoint, write_folder
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
@@ -24,7 +28,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "H
 
 def config(folder: Path, model: Path, run: str, **train: object) -> list[str]:
     """Arguments of train.py for a few quick steps from `model`."""
-    values = {"steps": 8, "batch_size": 4, "checkpoint_every": 3, "warmup": 2, "lr": 1e-3, **train}
+    values = {"steps": 8, "batch_size": 4, "checkpoint_every": 3, "warmup": 2, "lr": 1e-3, "precision": "fp32", **train}
     path = folder / f"{run}.yaml"
     lines = [f"run_dir: {folder / run}", f"init: {model}", f"data: {{path: {folder / 'data'}, studies: 12}}", "train:"]
     path.write_text("\n".join([*lines, *(f"  {key}: {value}" for key, value in values.items())]) + "\n")
@@ -101,9 +105,9 @@ def test_sigterm_saves_and_exits_cleanly(whole: Path, tiny_model: Path) -> None:
 
 
 def test_two_processes_and_two_parts_give_the_losses_of_one(whole: Path, tiny_model: Path) -> None:
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "29517"]
-    run(*launch, *config(whole, tiny_model, "two"))
+    launch = ["-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu.yaml"]
+    said = run(*launch, "--main_process_port", "29517", *config(whole, tiny_model, "two"))
+    assert "2 processes, DDP: 4 rows a step, 2 at a time each" in said
     run(*config(whole, tiny_model, "parts", accumulate=2, tensorboard=True))
     assert list((whole / "parts" / "tensorboard").glob("events.*"))
     for name in ("two", "parts"):
@@ -112,11 +116,26 @@ def test_two_processes_and_two_parts_give_the_losses_of_one(whole: Path, tiny_mo
             assert losses(whole / name)[step] == pytest.approx(values, rel=close, abs=1e-5), (name, step)
 
 
-def test_another_config_is_refused_and_nothing_is_lost(whole: Path) -> None:
-    before = (whole / "whole" / "metrics.jsonl").read_text()
-    said = run(str(ROOT / "train.py"), str(whole / "whole.yaml"), "train.lr=5e-4", expect=2)
-    assert said.strip().splitlines()[-1].startswith("error:") and "another config" in said
-    assert (whole / "whole" / "metrics.jsonl").read_text() == before
+def test_a_change_that_spoils_the_run_is_refused_with_what_differs(whole: Path, tiny_model: Path) -> None:
+    command = config(whole, tiny_model, "changed", steps=5)
+    run(*command)
+    before = (whole / "changed" / "metrics.jsonl").read_text()
+    said = run(*command, "train.lr=5e-4", "objective.condition_dropout=0.5", expect=2)
+    assert "Traceback" not in said and "train.lr: 0.001, now 0.0005" in said
+    assert "objective.condition_dropout: 0.1, now 0.5" in said
+    said = run(*command, "train.steps=9", expect=2)
+    assert "train.steps: 5, now 9" in said, "the rate was falling already"
+    assert (whole / "changed" / "metrics.jsonl").read_text() == before
+
+
+def test_a_change_that_spoils_nothing_is_told_and_taken(whole: Path, tiny_model: Path) -> None:
+    command = config(whole, tiny_model, "longer", decay_from=1.0, steps=4)
+    run(*command)
+    said = run(*command, "train.steps=6", "train.keep=3", "train.accumulate=2")
+    assert "train.steps: 4, now 6" in said and "train.keep: 2, now 3" in said
+    run(*config(whole, tiny_model, "long", decay_from=1.0, steps=6))
+    for step, values in losses(whole / "long").items():
+        assert losses(whole / "longer")[step] == pytest.approx(values, rel=1e-4), step
 
 
 def test_a_loss_that_is_no_number_ends_the_run_in_one_line(whole: Path, tiny_model: Path) -> None:
@@ -138,53 +157,111 @@ def test_optimizer_decays_matrices_only() -> None:
     assert all(p.dim() == 1 for p in groups[1]["params"]) and groups[1]["weight_decay"] == 0
 
 
+class Small:
+    """A network of one layer, held as one process holds it, and its average."""
+
+    def __init__(self, decay: float = 0.9) -> None:
+        self.network = nn.Linear(2, 2)
+        self.engine = Engine(Accelerator(cpu=True), self.network, 1.0)
+        self.engine.hold(lambda network: make_optimizer(network, TrainOptions()))
+        self.ema = EMA(self.engine, decay)
+
+    def step(self) -> None:
+        self.engine.backward(self.network(torch.ones(1, 2)).square().sum(), True)
+        self.engine.step()
+
+    def save(self, folder: Path, step: int) -> None:
+        extra = {"config": {}, "identity": {}}
+        save(folder / f"step-{step:08d}", step, self.engine, self.ema, lambda model: model.mkdir(), extra)
+
+
 def test_ema_of_constant_weights_is_their_value_and_else_follows_the_formula() -> None:
-    model = nn.Linear(2, 2, bias=False)
-    ema = EMA(model, 0.9)
-    start = model.weight.detach().clone()
-    ema.update(model, 10_000)
-    torch.testing.assert_close(ema.weights["weight"], start)
+    small = Small()
+    start = small.network.weight.detach().clone()
+    small.ema.update(10_000)
+    torch.testing.assert_close(small.ema.weights["weight"].view(2, 2), start)
     with torch.no_grad():
-        model.weight.add_(1.0)
-    ema.update(model, 10_000)
-    torch.testing.assert_close(ema.weights["weight"], start + 0.1)
-
-
-def _step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    model(torch.ones(1, 2)).square().sum().backward()
-    optimizer.step()
-    optimizer.zero_grad()
+        small.network.weight.add_(1.0)
+    small.ema.update(10_000)
+    torch.testing.assert_close(small.ema.weights["weight"].view(2, 2), start + 0.1)
+    with small.ema.in_place():
+        torch.testing.assert_close(small.network.weight.detach(), start + 0.1)
+    torch.testing.assert_close(small.network.weight.detach(), start + 1)
 
 
 def test_checkpoint_round_trip_is_bitwise_and_torn_ones_are_skipped(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
-    def build() -> tuple[nn.Linear, torch.optim.Optimizer, EMA]:
-        model = nn.Linear(2, 2)
-        return model, make_optimizer(model, TrainOptions()), EMA(model, 0.9)
-
-    model, optimizer, ema = build()
-    _step(model, optimizer)
-    ema.update(model, 1)
-
-    def save_model(folder: Path) -> None:
-        folder.mkdir()
-        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors")
-
-    save_checkpoint(tmp_path / "step-00000001", 1, save_model, model, optimizer, ema, {})
+    small = Small()
+    small.step()
+    small.ema.update(1)
+    small.save(tmp_path, 1)
     (tmp_path / "step-00000002").mkdir()
     with pytest.warns(UserWarning, match="incomplete"):
-        found = latest_checkpoint(tmp_path)
+        found = latest_checkpoint(tmp_path, Checkpoint)
     assert found == tmp_path / "step-00000001"
-    other, other_optimizer, other_ema = build()
-    assert load_checkpoint(found, other, other_optimizer, other_ema)["step"] == 1
-    for m, o in ((model, optimizer), (other, other_optimizer)):
-        _step(m, o)
-    assert torch.equal(model.weight, other.weight) and torch.equal(ema.weights["weight"], other_ema.weights["weight"])
-    (tmp_path / "step-00000002").rmdir()
-    save_checkpoint(tmp_path / "step-00000003", 3, save_model, model, optimizer, ema, {})
-    prune(tmp_path, 1)
-    assert [p.name for p in tmp_path.iterdir()] == ["step-00000003"]
+    other = Small()
+    assert Checkpoint(found).restore(other.engine, other.ema) == 1
+    for one in (small, other):
+        one.step()
+        one.ema.update(2)
+    assert torch.equal(small.network.weight, other.network.weight)
+    assert torch.equal(small.network.bias, other.network.bias)
+    assert all(torch.equal(value, other.ema.weights[name]) for name, value in small.ema.weights.items())
+
+
+def test_a_checkpoint_cut_short_is_skipped(tmp_path: Path) -> None:
+    small = Small()
+    small.save(tmp_path, 1)
+    small.save(tmp_path, 2)
+    path = tmp_path / "step-00000002" / "rank-00000-of-00001.safetensors"
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.warns(UserWarning, match="broken checkpoint"):
+        assert latest_checkpoint(tmp_path, Checkpoint) == tmp_path / "step-00000001"
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    small = Small()
+    small.save(tmp_path, 1)
+    other = Small()
+    other.engine.pieces["weight"] = replace(other.engine.pieces["weight"], shape=torch.Size([4]))
+    with pytest.raises(UserError, match=r"weight is \[2, 2\], wanted \[4\]"):
+        Checkpoint(tmp_path / "step-00000001").restore(other.engine, other.ema)
+    other.engine.inner = nn.Linear(2, 2, bias=False)
+    with pytest.raises(UserError, match="not a checkpoint of this model: 1 names differ, bias"):
+        Checkpoint(tmp_path / "step-00000001").restore(other.engine, other.ema)
+
+
+def test_export_writes_the_average_or_the_last_weights(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    small = Small()
+    small.step()
+    small.ema.update(100)
+    small.save(tmp_path, 1)
+    for field, wanted in (("weight", small.network.weight), ("ema", small.ema.weights["weight"].view(2, 2))):
+        written = load_file(export(tmp_path / "step-00000001", tmp_path / field, field) / "model.safetensors")
+        assert torch.equal(written["weight"], wanted)
+    half = export(tmp_path / "step-00000001", tmp_path / "half", dtype=torch.bfloat16)
+    assert load_file(half / "model.safetensors")["bias"].dtype == torch.bfloat16
+
+
+def test_the_newest_checkpoints_stay_and_every_so_manieth(tmp_path: Path) -> None:
+    for step in range(1, 10):
+        (tmp_path / f"step-{step:08d}").mkdir()
+    prune(tmp_path, keep=2, keep_every=3)
+    assert sorted(int(path.name[5:]) for path in tmp_path.iterdir()) == [3, 6, 8, 9]
+
+
+def test_a_disk_that_is_full_while_saving_leaves_the_last_checkpoint(tmp_path: Path) -> None:
+    small = Small()
+    small.save(tmp_path, 1)
+
+    def fill(model: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match=r"No space left on device.*earlier checkpoints are whole"):
+        save(tmp_path / "step-00000002", 2, small.engine, small.ema, fill, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    Checkpoint(tmp_path / "step-00000001")
 
 
 def test_a_full_disk_leaves_the_old_folder(tmp_path: Path) -> None:
