@@ -232,9 +232,7 @@ def quantise(module: nn.Module, bits: int) -> None:
             small = nn_of.Linear4bit(
                 width, size, bias=base.bias is not None, compute_dtype=dtype, quant_type="nf4", device="meta"
             )
-            small.support_avx512bf16_for_cpu = (
-                False  # evaluated, it would repack weights for good
-            )
+            small.support_avx512bf16_for_cpu = False  # evaluated, it would repack weights for good
             small.weight = nn_of.Params4bit(weight, requires_grad=False, quant_type="nf4", module=small)
         else:
             small = nn_of.Linear8bitLt(width, size, bias=base.bias is not None, has_fp16_weights=False, device="meta")
