@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
+import PIL.Image
 from pydantic import Field
 
 from medim.config import options
@@ -15,11 +17,12 @@ from medim.data.order import Order, shares
 from medim.data.phantom import Outlines
 from medim.diffusion import Schedule
 from medim.errors import UserError
+from medim.gallery import contact_sheet
 from medim.model.adapters import fingerprint, is_adapters, read_settings
 from medim.model.lora import LoraOptions, add_lora
 from medim.model.medim import MeDiMConfig, MeDiMModel, ModelOptions, config_of
 from medim.objective import ObjectiveOptions
-from medim.pipeline import read_sampling, resolve, save_parts
+from medim.pipeline import MeDiM, read_sampling, resolve, save_parts
 from medim.sampling import Sampling
 from medim.tokenization.image import VQTokenizer
 from medim.tokenization.joint import JointTokenizer, SlotOptions
@@ -27,8 +30,14 @@ from medim.tokenization.text import TextTokenizer
 from medim.training.checkpoint import Averaged
 from medim.training.folders import STATE_NAME
 from medim.training.loop import TrainOptions
+<<<<<<< HEAD
 from medim.training.sizes import EstimateOptions
 from medim.training.task import DiffusionTask, Rows
+=======
+from medim.training.report import LogOptions
+from medim.training.task import DiffusionTask, Rows, Slots
+from medim.training.validation import Validation, ValidationOptions
+>>>>>>> h5-lead
 from medim.training.weights import Source, Stored, skeleton
 
 
@@ -79,7 +88,12 @@ class TrainConfig:
     objective: ObjectiveOptions = ObjectiveOptions()
     train: TrainOptions = TrainOptions()
     lora: LoraOptions = LoraOptions()
+<<<<<<< HEAD
     estimate: EstimateOptions = EstimateOptions()
+=======
+    log: LogOptions = LogOptions()
+    validation: ValidationOptions = ValidationOptions()
+>>>>>>> h5-lead
 
 
 def make_task(config: TrainConfig) -> DiffusionTask:
@@ -125,15 +139,55 @@ def make_task(config: TrainConfig) -> DiffusionTask:
     write = partial(save_parts, joint=joint, sampling=sampling)
     folders = [config.data.path] if isinstance(config.data.path, str) else config.data.path
     if config.data.studies:
-        _embed(config, joint, Path(folders[0]))
+        _embed(config, joint, Path(folders[0]), config.data.studies, "train")
     data = [prepare.load(folder, joint.image, split="train") for folder in folders]
     sizes = [len(one) for one in data]
     order = Order(config.seed, tuple(sizes), shares(sizes, config.data.temperature, config.data.weights))
     fits = all(prepare.read_index(folder)["text_tokenizer"] == prepare.text_hash(joint.text) for folder in folders)
     rows = Rows(joint, data, config.data.images, fits)
     return DiffusionTask(
-        model, rows, order, config.objective, config.train.batch_size, config.seed, write, config.data.pack, stored
+        model,
+        rows,
+        order,
+        config.objective,
+        config.train.batch_size,
+        config.seed,
+        write,
+        config.data.pack,
+        stored,
+        _validation(config, joint, folders) if config.validation.every else None,
+        partial(_draw, joint=joint, sampling=sampling) if config.log.pictures else None,
     )
+
+
+def _validation(config: TrainConfig, joint: JointTokenizer, folders: Sequence[str]) -> Validation:
+    """The fixed set: the first studies of the split `validation` of each dataset.
+
+    Raises:
+        UserError: a dataset has no such split.
+    """
+    o = config.validation
+    if config.data.studies:
+        folders = [f"{folders[0]}-validation"]
+        _embed(config, joint, Path(folders[0]), o.studies, "validation")
+    records, rows = [], []
+    for folder in folders:
+        data = prepare.load(folder, joint.image, split="validation")
+        data = data.select(range(min(o.studies, len(data))))
+        source = Rows(joint, [data], config.data.images)
+        rows += [source.row(0, index) for index in range(len(data))]
+        records += list(data)
+    modalities = [str(record["images"][0]["modality"]) if record["images"] else "text" for record in records]
+    return Validation(rows, modalities, o, config.objective, joint.vocabulary.eos, joint.vocabulary.mask)
+
+
+def _draw(model: MeDiMModel, slots: Slots, *, joint: JointTokenizer, sampling: Sampling) -> PIL.Image.Image:
+    """Four pairs of each domain, always of the same noise."""
+    training = model.training
+    whole = MeDiM(model, joint, slots, sampling, "training")
+    samples = [one for domain in whole.domains for one in whole.sample("pair", domain, n=4, seed=0)]
+    model.train(training)
+    return contact_sheet(samples)
 
 
 def _adapted_base(init: str) -> str:
@@ -143,14 +197,14 @@ def _adapted_base(init: str) -> str:
     return fingerprint(resolve(init))
 
 
-def _embed(config: TrainConfig, joint: JointTokenizer, folder: Path) -> None:
+def _embed(config: TrainConfig, joint: JointTokenizer, folder: Path, count: int, split: str) -> None:
     """Prepare so many embedded studies in `folder`, or check that they are there."""
-    choice = {"studies": config.data.studies, "split": "train", "seed": config.seed, "lungs": config.data.lungs}
+    choice = {"studies": count, "split": split, "seed": config.seed, "lungs": config.data.lungs}
     prepare.prepare(
-        lambda: embedded.studies(config.data.studies, "train", config.seed, config.data.lungs),
+        lambda: embedded.studies(count, split, config.seed, config.data.lungs),
         prepare.Encoding(joint.image, joint.text),
         folder,
         source="demo",
         options={"source": choice},
-        total=config.data.studies,
+        total=count,
     )

@@ -24,7 +24,7 @@ from medim.objective import Batch, loss, make_batch
 from medim.recipe import TrainConfig
 from medim.training.loop import make_optimizer
 from medim.training.memory import GIB, Sharing
-from tests.model.test_flops import counted
+from tests.fixtures.flops import counted
 
 ROOT = Path(__file__).parent.parent
 DEMO = str(ROOT / "configs/train/demo_scratch.yaml")

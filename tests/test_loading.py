@@ -223,7 +223,7 @@ def test_mistakes_before_training(adapted: tuple[Path, Path, torch.Tensor], tmp_
     folder, base, _ = adapted
     path = tmp_path / "wrong.yaml"
     for init, lora, words in (
-        ("''", "rank: 2", "lora.rank: adapters are trained over a trained model; set init"),
+        ("''", "rank: 2", "lora.rank: adapters are trained over a"),
         (str(folder), "rank: 2", "adapters over base; merge them: medim merge"),
         (str(base), "rank: -1", "lora.rank"),
         (str(base), "rnak: 2", 'did you mean "rank"?'),

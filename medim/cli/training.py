@@ -39,7 +39,7 @@ def train(argv: Sequence[str]) -> int:
     accelerator = make_accelerator(o.precision == "bf16" or (o.precision == "auto" and multiplies_bf16()), o.timeout)
     with accelerator.main_process_first():  # one process encodes the data, the others find it there
         task = make_task(config)
-    final = run_loop(accelerator, task, o, Path(config.run_dir), dump(config))
+    final = run_loop(accelerator, task, o, config.log, Path(config.run_dir), dump(config))
     if accelerator.is_main_process:
         print(f"model: {final}")
     leave(accelerator)

@@ -142,8 +142,10 @@ def add_lora(model: MeDiMModel, o: LoraOptions, seed: int = 0, base: str = "", f
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise UserError("lora.rank: adapters need peft: pip install peft") from error
-    expected = trained_names(model, o)
     meta = next(model.parameters()).is_meta
+    if meta:
+        model.tie_weights()  # a skeleton has lost its ties
+    expected = trained_names(model, o)
     config = LoraConfig(r=o.rank, lora_alpha=o.alpha, lora_dropout=o.dropout, target_modules=list(o.targets))  # type: ignore[arg-type]
     inject_adapter_in_model(config, model.backbone, low_cpu_mem_usage=meta)
     if trained := trained_rows(model.vocabulary, o.rows):
@@ -230,6 +232,7 @@ def quantise(module: nn.Module, bits: int) -> None:
             small = nn_of.Linear4bit(
                 width, size, bias=base.bias is not None, compute_dtype=dtype, quant_type="nf4", device="meta"
             )
+            small.support_avx512bf16_for_cpu = False  # evaluated, it would repack weights for good
             small.weight = nn_of.Params4bit(weight, requires_grad=False, quant_type="nf4", module=small)
         else:
             small = nn_of.Linear8bitLt(width, size, bias=base.bias is not None, has_fp16_weights=False, device="meta")

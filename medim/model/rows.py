@@ -158,8 +158,7 @@ def split_rows(backbone: Any, trained: Sequence[Interval]) -> None:
             f"lora.rows: {type(backbone).__name__} embeds by {type(embedding).__name__}, which cannot be split; "
             "set lora.rows=none"
         )
-    meta = embedding.weight.is_meta and head.weight.is_meta
-    tied = embedding.weight is head.weight or (meta and backbone.config.tie_word_embeddings)
+    tied = embedding.weight is head.weight
     blocks = _blocks(embedding.weight, trained)
     backbone.set_input_embeddings(SplitEmbedding(blocks, scale))
     backbone.set_output_embeddings(SplitHead(blocks if tied else _blocks(head.weight, trained)))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
+import PIL.Image
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -18,12 +20,14 @@ from torch.utils.data import DataLoader
 
 from medim.config import options
 from medim.errors import UserError
+from medim.model.flops import Costs, Work, peak_of, total
 from medim.objective import Batch, Loss
 from medim.training.checkpoint import Checkpoint, export, save
 from medim.training.engine import EMA, make_engine
 from medim.training.folders import latest_checkpoint, prune, same_config
 from medim.training.processes import Agreement, Roll, stop_requests
-from medim.training.report import Meter
+from medim.training.report import Log, LogOptions, Meter, Throughput, append, drop_after, read_rows
+from medim.training.validation import Validation
 from medim.training.weights import Source
 
 
@@ -62,12 +66,10 @@ class TrainOptions:
     gradient_checkpointing: Annotated[int, Field(ge=0)] = 0
     optimizer: Literal["adamw", "adamw_8bit", "adamw_deepspeed"] = "adamw"
     workers: int = 0
-    log_every: int = 1
     checkpoint_every: Annotated[int, Field(ge=1)] = 500
     keep: Annotated[int, Field(ge=1)] = 2
     keep_every: Annotated[int, Field(ge=0)] = 0
     timeout: float = 1800.0
-    tensorboard: bool = False
 
 
 @runtime_checkable
@@ -104,6 +106,23 @@ class Task(Protocol):
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         """Sums over a batch."""
+        ...
+
+    @property
+    def validation(self) -> Validation | None:
+        """The fixed set, if there is one."""
+        ...
+
+    def studies(self, step: int) -> list[str]:
+        """Ids of the studies of a step."""
+        ...
+
+    def work(self, batch: Batch) -> Work:
+        """What the mathematics must do for a batch."""
+        ...
+
+    def draw(self, model: nn.Module) -> PIL.Image.Image | None:
+        """A picture of what the network can do."""
         ...
 
     def check_sharing(self, way: str, divides_weights: bool) -> None:
@@ -150,22 +169,32 @@ def _dim(parameter: nn.Parameter) -> int:
     return len(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 leaves an empty tensor of dimension 1
 
 
-class _Steps(torch.utils.data.Dataset[list[Batch]]):
+class _Steps(torch.utils.data.Dataset[tuple[list[Batch], float, float]]):
+    """A process's parts of each step that is left, with what they cost."""
+
     def __init__(self, task: Task, rank: int, world: int, o: TrainOptions, first: int) -> None:
-        self.make, self.first, self.o = (lambda step: task.batches(step, rank, world, o.accumulate)), first, o
+        self.task, self.rank, self.world, self.first, self.o = task, rank, world, first, o
+        self.costs: Costs | None = None
 
     def __len__(self) -> int:
         return self.o.steps - self.first
 
-    def __getitem__(self, index: int) -> list[Batch]:
-        return self.make(self.first + index)
+    def __getitem__(self, index: int) -> tuple[list[Batch], float, float]:
+        """The parts, their positions without padding, and the FLOPs that they need."""
+        parts = self.task.batches(self.first + index, self.rank, self.world, self.o.accumulate)
+        work = [self.task.work(part) for part in parts]
+        flops = sum(total(self.costs.needed(one)) for one in work) if self.costs is not None else 0.0
+        return parts, float(sum(one.valid for one in work)), flops
 
 
 class _Run:
     """What lives as long as a run: the model as it is shared, its average, where they are kept, and the first step."""
 
-    def __init__(self, accelerator: Accelerator, task: Task, o: TrainOptions, run_dir: Path, resolved: str) -> None:
+    def __init__(
+        self, accelerator: Accelerator, task: Task, o: TrainOptions, log: LogOptions, run_dir: Path, resolved: str
+    ) -> None:
         self.accelerator, self.task, self.o, self.run_dir, self.resolved = accelerator, task, o, run_dir, resolved
+        self.log_options = log
         self.world, self.rank = accelerator.num_processes, accelerator.process_index
         self.lead = accelerator.is_main_process
         self.folder, self.first = run_dir / "checkpoints", 0
@@ -178,6 +207,7 @@ class _Run:
             self._check_unchanged(found)
         if o.gradient_checkpointing:
             task.model.recompute_blocks(o.gradient_checkpointing)  # type: ignore[operator]
+        self.costs = Costs.of(task.model)  # type: ignore[arg-type]
         self.engine = make_engine(accelerator, task.model, o.clip)
         task.check_sharing(self.engine.way, self.engine.divides_weights)
         self.engine.build(task.stored, task.seed, lambda model: make_optimizer(model, o), o.compile)
@@ -235,6 +265,55 @@ class _Run:
         self.accelerator.wait_for_everyone()
         return final
 
+    def meter(self) -> Meter:
+        """The run's log, from its first step on."""
+        peak = peak_of(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+        log = Log(self.run_dir, self.first, self.o.steps, self.log_options, enabled=self.lead)
+        if self.lead:
+            for name in ("validation.jsonl", "spikes.jsonl"):
+                drop_after(self.run_dir / name, self.first)
+        throughput = Throughput(self.accelerator, peak)
+        return Meter(log, throughput, self.log_options, self.o.batch_size, self.task.studies, self.where)
+
+    def look(self, step: int, log: Log, saved: bool) -> None:
+        """Validate and draw when their step has come, with the averaged weights; all processes call it.
+
+        The best model so far becomes the folder `best`, for which a checkpoint is written if this step has none.
+        """
+        validation, pictures = self.task.validation, self.log_options.pictures
+        validating = validation is not None and (step % validation.o.every == 0 or step == self.o.steps)
+        drawing = bool(pictures) and step % pictures == 0
+        if not validating and not drawing:
+            return
+        better = False
+        self.engine.model.eval()
+        with self.ema.in_place(), self.accelerator.autocast():
+            if validation is not None and validating:
+                better = self._validate(validation, step, log)
+            if drawing and (self.lead or self.engine.divides_weights):  # where weights are divided, all draw the same
+                sheet = self.task.draw(self.engine.inner)
+                if sheet is not None:
+                    log.picture(step, sheet)
+        self.engine.model.train()
+        if better and not saved:
+            self.save(step)
+        if better and self.lead:
+            export(self.folder / f"step-{step:08d}", self.run_dir / "best")
+        self.accelerator.wait_for_everyone()
+
+    def _validate(self, validation: Validation, step: int, log: Log) -> bool:
+        """Write a line; returns whether it is the best so far."""
+        accelerator, path = self.accelerator, self.run_dir / "validation.jsonl"
+        row = validation(
+            self.engine.model, self.rank, self.world, accelerator.device, lambda sums: accelerator.reduce(sums, "sum")
+        )
+        best = min((one["loss"] for one in read_rows(path)), default=float("inf"))
+        accelerator.wait_for_everyone()  # all have read before one writes
+        if self.lead:
+            append(path, {"step": step} | row)
+            log.track({"step": step} | row, "validation/")
+        return row["loss"] < best
+
     def where(self) -> str:
         """How to go on after a failure."""
         kept = sorted(self.folder.glob("step-*"))
@@ -243,8 +322,8 @@ class _Run:
 
 HARMLESS = (
     *("run_dir", "data.path", "train.accumulate", "train.compile", "train.gradient_checkpointing", "train.workers"),
-    *("train.log_every", "train.checkpoint_every", "train.keep", "train.keep_every", "train.timeout"),
-    *("train.tensorboard", "log", "validation"),
+    *("train.checkpoint_every", "train.keep", "train.keep_every", "train.timeout"),
+    *("log", "validation"),
 )
 
 
@@ -272,7 +351,7 @@ def _harmless(key: str, found: Checkpoint, o: TrainOptions) -> bool:
     return any(name == free or name.startswith(f"{free}.") for free in HARMLESS)
 
 
-def train(accelerator: Accelerator, task: Task, o: TrainOptions, run_dir: Path, resolved: str) -> Path:
+def train(accelerator: Accelerator, task: Task, o: TrainOptions, log: LogOptions, run_dir: Path, resolved: str) -> Path:
     """Train, or go on where the last complete checkpoint of `run_dir` ends; returns the final model folder.
 
     Args:
@@ -290,31 +369,35 @@ def train(accelerator: Accelerator, task: Task, o: TrainOptions, run_dir: Path, 
             )
         return run_dir / "final"
     roll = Roll(accelerator)
-    run = _Run(accelerator, task, o, run_dir, resolved)
+    run = _Run(accelerator, task, o, log, run_dir, resolved)
     with stop_requests() as asked, roll.watch(run.where):  # in this order: the launcher sends SIGTERM when one dies
         _loop(run, asked)
         return run.finish()
 
 
 def _loop(run: _Run, asked: Callable[[], bool]) -> None:
-    o, engine = run.o, run.engine
-    meter = Meter(run.run_dir, run.first, o.steps, o.batch_size, enabled=run.lead, tensorboard=o.tensorboard)
-    loader = DataLoader(_Steps(run.task, run.rank, run.world, o, run.first), batch_size=None, num_workers=o.workers)
-    agree = Agreement(run.accelerator)
+    o, engine, log = run.o, run.engine, run.log_options
+    steps = _Steps(run.task, run.rank, run.world, o, run.first)
+    steps.costs = run.costs
+    loader = DataLoader(steps, batch_size=None, num_workers=o.workers, prefetch_factor=2 if o.workers else None)
+    agree, meter = Agreement(run.accelerator), run.meter()
     engine.model.train()
-    with closing(meter):
-        for step, parts in enumerate(loader, start=run.first + 1):
+    with closing(meter.log):
+        arrived = time.perf_counter()
+        for step, (parts, tokens, flops) in enumerate(loader, start=run.first + 1):
+            meter.throughput.add(tokens, flops, time.perf_counter() - arrived)
             rate = learning_rate(step - 1, o)
             engine.set_rate(rate)
-            losses, norm = _update(run, parts)
+            loss, norm = _update(run, parts)
+            meter.add(loss)
             run.ema.update(step)
-            if step % o.log_every == 0 or step == o.steps:
-                loss = _reduced(run.accelerator, losses)
-                _check_finite(loss, step, run.run_dir)
-                meter.log(step, loss, norm, rate)
             stop = agree(asked())
-            if step % o.checkpoint_every == 0 or stop or step == o.steps:
+            saving = step % o.checkpoint_every == 0 or stop or step == o.steps
+            if step % log.every == 0 or saving:
+                meter.write(step, norm, rate)  # before a checkpoint, so that none has a loss that is no number
+            if saving:
                 run.save(step)
+            run.look(step, meter.log, saving)
             if stop and step < o.steps:
                 agree.finish()
                 if run.lead:
@@ -322,19 +405,15 @@ def _loop(run: _Run, asked: Callable[[], bool]) -> None:
                         f"stopped on request; saved after step {step}, run the same command to go on", file=sys.stderr
                     )
                 raise SystemExit(0)
+            arrived = time.perf_counter()
         agree.finish()
 
 
-def _check_finite(loss: Loss, step: int, run_dir: Path) -> None:
-    if not bool(torch.isfinite(loss.total)):
-        raise UserError(
-            f"step {step}: the loss is {float(loss.total)}; lower train.lr and start a new run_dir, init= the `model` "
-            f"folder of a checkpoint in {run_dir / 'checkpoints'}"
-        )
+def _update(run: _Run, parts: list[Batch]) -> tuple[Loss, torch.Tensor]:
+    """One optimizer step: sum over the global batch divided by the global count, whatever the number of parts.
 
-
-def _update(run: _Run, parts: list[Batch]) -> tuple[list[Loss], torch.Tensor]:
-    """One optimizer step: sum over the global batch divided by the global count, whatever the number of parts."""
+    Returns this process's share of the loss and the norm of the whole gradient.
+    """
     accelerator, task, engine = run.accelerator, run.task, run.engine
     counts = torch.tensor(sum(task.count(part) for part in parts), device=accelerator.device)
     total_count = accelerator.reduce(counts, "sum").clamp(min=1e-9)
@@ -346,10 +425,5 @@ def _update(run: _Run, parts: list[Batch]) -> tuple[list[Loss], torch.Tensor]:
                 loss = task.loss(engine.model, part.to(accelerator.device))
             engine.backward(loss.total / total_count * run.world, last)  # gradients become the mean over processes
         losses.append(Loss(loss.total.detach() / total_count, loss.nats, loss.positions))
-    return losses, engine.step()
-
-
-def _reduced(accelerator: Accelerator, losses: list[Loss]) -> Loss:
-    """The sum over parts and processes."""
-    sums = [torch.stack([getattr(loss, name) for loss in losses]).sum(0) for name in ("total", "nats", "positions")]
-    return Loss(*(accelerator.reduce(value, "sum") for value in sums))
+    together = (torch.stack([getattr(one, name) for one in losses]).sum(0) for name in ("total", "nats", "positions"))
+    return Loss(*together), engine.step()

@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 from datasets import Dataset
 from torch import nn
 
 from medim.canvas import Canvas, Row, Segment, layout
 from medim.data.order import Order, share
+from medim.model.flops import Work
 from medim.model.lora import check_sharing
 from medim.model.medim import MeDiMModel
 from medim.objective import Batch, Loss, ObjectiveOptions, count, loss, make_batch
 from medim.tokenization.joint import JointTokenizer
+from medim.training.validation import Validation
 from medim.training.weights import Source
 
 Slots = dict[str, dict[int, int]]
@@ -80,14 +83,19 @@ class DiffusionTask:
         write: Callable[[Path, MeDiMModel, Slots], None],
         pack: int = 0,
         stored: Source | None = None,
+        validation: Validation | None = None,
+        draw: Callable[[MeDiMModel, Slots], PIL.Image.Image] | None = None,
     ) -> None:
         """`model` may be a skeleton, whose weights are in `stored`, or are drawn if that is None.
 
         `write` makes a model folder without weights, given the histogram of report slots it was trained on.
+        `draw` samples a few pairs and makes a contact sheet of them.
+
         `pack`: positions of a row that holds several studies; 0: one study a row, padded.
         """
         self.model, self.rows, self.order, self.objective = model, rows, order, objective
         self.batch_size, self.seed, self.write, self.pack, self.stored = batch_size, seed, write, pack, stored
+        self.validation, self._draw = validation, draw
 
     def batches(self, step: int, rank: int, world: int, parts: int) -> list[Batch]:
         """This process's share of a step in `parts`: a pure function of (seed, step)."""
@@ -114,6 +122,20 @@ class DiffusionTask:
     def save(self, folder: Path) -> None:
         """All of a model folder but the weights: config, tokenizers, histogram of report slots, sampling defaults."""
         self.write(folder, self.model, self.slots)
+
+    def studies(self, step: int) -> list[str]:
+        """Ids of the studies of a step."""
+        sources, studies = self.order.batch(step, self.batch_size)
+        return [str(self.rows.data[s][int(i)]["id"]) for s, i in zip(sources, studies, strict=True)]
+
+    def work(self, batch: Batch) -> Work:
+        """What the mathematics must do for a batch."""
+        return Work.of(batch.canvas, batch.rows, self.model.attention_backend, batch.given)
+
+    def draw(self, model: nn.Module) -> PIL.Image.Image | None:
+        """The contact sheet of a few pairs, always of the same noise."""
+        assert isinstance(model, MeDiMModel)
+        return None if self._draw is None else self._draw(model, self.slots)
 
     def check_sharing(self, way: str, divides_weights: bool) -> None:
         """Refuse adapters over a model that cannot be shared so."""

@@ -36,7 +36,7 @@ from medim.tokenization.image import MANIFEST_NAME, VQConfig, VQTokenizer
 from medim.training.codebook import EMACodebook, perplexity
 from medim.training.folders import STATE_NAME, latest_checkpoint, prune, same_config, write_folder
 from medim.training.processes import any_process, multiplies_bf16, stop_requests
-from medim.training.report import Meter
+from medim.training.report import Log, LogOptions
 from medim.training.state import EMA, load_optimizer_tensors, optimizer_tensors
 from medim.training.vq_data import PictureOptions, Pictures, open_pictures
 from medim.training.vq_evaluation import contact_sheet, evaluate
@@ -387,30 +387,17 @@ class VQRun:
         return result
 
 
-class _Log(Meter):
+class _Log(Log):
     """The run's log: a line a logged step, and one for each evaluation."""
 
-    def steps(self, step: int, figures: dict[str, Tensor], rate: float, use: Tensor | None) -> float:
+    def figures(self, step: int, figures: dict[str, Tensor], rate: float, use: Tensor | None) -> float:
         """Write the figures of one step; returns its loss. `use` is the codebook's `counts`, once there is one."""
         row: dict[str, Any] = {"step": step} | {name: round(float(value), 6) for name, value in figures.items()}
         row["psnr"] = round(10 * math.log10(4 / max(row["mse"], 1e-12)), 3)
         if use is not None:
             row |= {"codes": int((use > 0.01).sum()), "perplexity": round(perplexity(use), 1)}
-        if self.enabled:
-            self.write(row | {"lr": rate})
-            self.bar.update(step - self.bar.n)
-            shown = {"PSNR": f"{row['psnr']:.2f}", "codes": f"{row.get('codes', 0)}"}
-            self.bar.set_postfix(shown | {"loss": f"{row['loss']:.4f}"}, refresh=False)
-            if self.board is not None:
-                for key in row.keys() - {"step"}:
-                    self.board.add_scalar(key, row[key], step)
+        self.write(row | {"lr": rate}, {"PSNR": f"{row['psnr']:.2f}", "codes": f"{row.get('codes', 0)}"})
         return float(row["loss"])
-
-    def write(self, row: dict[str, Any]) -> None:
-        """One more line of metrics.jsonl."""
-        if self.enabled:
-            with self.path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
 
 
 def train_vq(config: VQRunConfig, resolved: str, command: str = "") -> Path:
@@ -428,14 +415,14 @@ def train_vq(config: VQRunConfig, resolved: str, command: str = "") -> Path:
         print(f"{run_dir}: trained to the end already; to train again, remove it or change run_dir", file=sys.stderr)
         return run_dir / "final"
     run = VQRun(config, resolved, command)
-    log = _Log(run_dir, run.first, o.steps, o.batch_size, enabled=run.lead, tensorboard=o.tensorboard)
+    log = _Log(run_dir, run.first, o.steps, LogOptions(tensorboard=o.tensorboard), enabled=run.lead)
     with closing(log), stop_requests() as asked:
         for step, pixels in _steps(run):
             figures = run.step(step - 1, pixels)
             stop = False
             if step % o.log_every == 0 or step == o.steps:
                 use = run.codebook.counts if run.quantises(step - 1) else None
-                loss = log.steps(step, _mean(run.accelerator, figures), learning_rate(step - 1, o), use)
+                loss = log.figures(step, _mean(run.accelerator, figures), learning_rate(step - 1, o), use)
                 if not math.isfinite(loss):
                     raise UserError(f"step {step}: the loss is {loss}; lower train.lr and start a new run_dir")
                 stop = any_process(run.accelerator, asked())

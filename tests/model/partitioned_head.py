@@ -1,4 +1,7 @@
-"""One of two processes that share the head's weight, run by test_head.py: arguments zero3|fsdp and tied|untied."""
+"""One of two processes that share the head's weight, run by test_head.py: zero3|fsdp, tied|untied, whole|split.
+
+Split, both tables are in blocks of rows of which the first is frozen.
+"""
 
 from __future__ import annotations
 
@@ -11,21 +14,33 @@ import torch.distributed as dist
 from torch import nn
 
 from medim.model.head import RestrictedHead
+from medim.model.rows import SplitEmbedding, SplitHead
 
 V, D, STEPS, LR = 64, 16, 3, 0.5
 STARTS, STOPS = (0, 40), (40, 64)
 ROWS = (((5, 3), (0, 4)), ((2, 2), (0, 0)), ((0, 6), (7, 1)))  # by step and process; once a process has none
 
 
+def blocks(weight: torch.Tensor) -> dict[tuple[int, int], nn.Parameter]:
+    """The text's rows, frozen, and the codes'."""
+    rows = zip(STARTS, STOPS, strict=True)
+    return {(a, b): nn.Parameter(weight[a:b].detach().clone(), requires_grad=a > 0) for a, b in rows}
+
+
 class Net(nn.Module):
     """Embeds, mixes, predicts."""
 
-    def __init__(self, tied: bool) -> None:
+    def __init__(self, tied: bool, split: bool) -> None:
         super().__init__()
+        self.embed: Any
+        self.head: Any
         self.embed, self.body = nn.Embedding(V, D), nn.Linear(D, D)
         self.head = RestrictedHead(D, V)
         if tied:
             self.head.weight = self.embed.weight
+        if split:
+            tables = [blocks(self.embed.weight), blocks(self.head.weight)]
+            self.embed, self.head = SplitEmbedding(tables[0]), SplitHead(tables[0 if tied else 1])
 
     def forward(self, ids: torch.Tensor, targets: torch.Tensor, rows: tuple[int, ...]) -> torch.Tensor:
         return self.head(torch.tanh(self.body(self.embed(ids))), targets, STARTS, STOPS, rows)
@@ -39,15 +54,20 @@ def data(step: int, rank: int) -> tuple[torch.Tensor, torch.Tensor, tuple[int, .
     return torch.randint(0, V, (sum(rows),), generator=generator), torch.cat(targets), rows
 
 
-def reference(tied: bool) -> dict[str, torch.Tensor]:
+def trained(net: nn.Module) -> list[nn.Parameter]:
+    """What the optimizer steps."""
+    return [p for p in net.parameters() if p.requires_grad]
+
+
+def reference(tied: bool, split: bool) -> dict[str, torch.Tensor]:
     """The weights after all steps on one process."""
     torch.manual_seed(0)
-    net = Net(tied)
+    net = Net(tied, split)
     for step in range(STEPS):
         net.zero_grad()
         sum(net(*data(step, rank)).sum() for rank in range(2)).backward()
         with torch.no_grad():
-            for parameter in net.parameters():
+            for parameter in trained(net):
                 assert parameter.grad is not None
                 parameter -= LR * parameter.grad
     return {name: value.detach().clone() for name, value in net.state_dict().items()}
@@ -67,27 +87,28 @@ def zero3(net: nn.Module) -> dict[str, torch.Tensor]:
     }
     engine: Any
     engine, *_ = deepspeed.initialize(
-        model=net, optimizer=torch.optim.SGD(net.parameters(), LR), config=config, dist_init_required=False
+        model=net, optimizer=torch.optim.SGD(trained(net), LR), config=config, dist_init_required=False
     )
-    assert engine.module.head.weight.numel() == 0, "the weight is not partitioned"
+    assert all(p.numel() == 0 for p in engine.module.head.parameters()), "the weight is not partitioned"
     for step in range(STEPS):
         engine.backward(engine(*data(step, dist.get_rank())).sum() * 2)
         engine.step()
-        assert engine.module.head.weight.numel() == 0
+        assert all(p.numel() == 0 for p in engine.module.head.parameters())
     with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
         return {name: value.detach().clone() for name, value in engine.module.named_parameters(remove_duplicate=False)}
 
 
-def fsdp(net: nn.Module) -> dict[str, torch.Tensor]:
+def fsdp(net: Any) -> dict[str, torch.Tensor]:
     """torch's fully_shard; a tied weight must be in one group, so the head is then not sharded by itself."""
     from torch.distributed.fsdp import fully_shard
 
     mesh = dist.init_device_mesh("cpu", (2,))
-    if net.head.weight is not net.embed.weight:
+    if not {id(p) for p in net.head.parameters()} & {id(p) for p in net.embed.parameters()}:
         fully_shard(net.head, mesh=mesh)
     fully_shard(net, mesh=mesh)
-    assert net.head.weight.to_local().numel() == V * D // 2, "the weight is not partitioned"
-    optimizer = torch.optim.SGD(net.parameters(), LR)
+    local = sum(p.to_local().numel() for p in net.head.parameters())
+    assert local == V * D // 2, "the weight is not partitioned"
+    optimizer = torch.optim.SGD(trained(net), LR)
     for step in range(STEPS):
         optimizer.zero_grad()
         (net(*data(step, dist.get_rank())).sum() * 2).backward()
@@ -95,12 +116,12 @@ def fsdp(net: nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.full_tensor() for name, value in net.state_dict().items()}
 
 
-def main(how: str, tied: bool) -> None:
+def main(how: str, tied: bool, split: bool) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    wanted = reference(tied)
+    wanted = reference(tied, split)
     torch.manual_seed(0)
-    found = {"zero3": zero3, "fsdp": fsdp}[how](Net(tied))
+    found = {"zero3": zero3, "fsdp": fsdp}[how](Net(tied, split))
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
@@ -110,4 +131,4 @@ def main(how: str, tied: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2] == "tied")
+    main(sys.argv[1], sys.argv[2] == "tied", sys.argv[3] == "split")

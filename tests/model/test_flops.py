@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
-import torch
-from torch.utils.flop_counter import FlopCounterMode, mm_flop, sdpa_backward_flop_count, sdpa_flop_count
 
 from medim.canvas import Canvas
 from medim.model import head
@@ -17,6 +13,7 @@ from medim.model.flops import CARDS, Costs, Work, peak_of, total
 from medim.model.medim import MeDiMModel, ModelOptions
 from medim.objective import Batch, ObjectiveOptions, loss, make_batch
 from medim.vocabulary import Vocabulary
+from tests.fixtures.flops import counted
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
 
@@ -29,23 +26,6 @@ def network(vocabulary: Vocabulary, **shape: Any) -> MeDiMModel:
 def batch_of(rows: Any, vocabulary: Vocabulary, pack: int = 0, o: ObjectiveOptions | None = None) -> Batch:
     canvas = Canvas.pack(rows, 0, pack) if pack else Canvas.collate(rows, 0)
     return make_batch(canvas, range(len(rows)), len(rows), 3, 5, o or ObjectiveOptions(), vocabulary.mask)
-
-
-@contextmanager
-def counted() -> Iterator[FlopCounterMode]:
-    """torch's counter, with its own formulas also for the CPU's fused attention and for sums in place."""
-    ops = torch.ops.aten
-    fused = {
-        ops.addmm_: lambda onto, a, b, *_, out_shape=None, **__: mm_flop(a, b),
-        ops._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, out_shape=None, **__: sdpa_flop_count(
-            q, (k[0], q[1], *k[2:]), (v[0], q[1], *v[2:])
-        ),
-        ops._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *_, out_shape=None, **__: (
-            sdpa_backward_flop_count(grad, q, (k[0], q[1], *k[2:]), (v[0], q[1], *v[2:]))
-        ),
-    }
-    with FlopCounterMode(display=False, custom_mapping=fused) as counter:
-        yield counter
 
 
 def split(model: MeDiMModel, batch: Batch) -> tuple[float, float]:

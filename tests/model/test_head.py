@@ -378,7 +378,8 @@ def free_port() -> int:
 @pytest.mark.distributed
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("how", ["zero3", "fsdp"])
-def test_where_two_processes_share_the_weight(how: str, tied: bool) -> None:
+@pytest.mark.parametrize("split", [False, True], ids=["whole", "split"])
+def test_where_two_processes_share_the_weight(how: str, tied: bool, split: bool) -> None:
     if how == "zero3":
         pytest.importorskip("deepspeed")
     port = str(free_port())
@@ -390,7 +391,7 @@ def test_where_two_processes_share_the_weight(how: str, tied: bool) -> None:
             "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         }  # fmt: skip
         script = str(Path(__file__).parent / "partitioned_head.py")
-        command = [sys.executable, script, how, "tied" if tied else "untied"]
+        command = [sys.executable, script, how, "tied" if tied else "untied", "split" if split else "whole"]
         return subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )

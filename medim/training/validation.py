@@ -1,0 +1,103 @@
+"""Loss on a fixed set with a fixed draw of noise, by task, modality and kind: comparable over steps, runs and machines.
+
+The noise is a pure function of the place of a study in the set, whatever the run's seed, the batch size and the number
+of processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from medim.canvas import Canvas, Row
+from medim.config import options
+from medim.objective import Batch, Loss, ObjectiveOptions, Task, count, loss, make_batch
+from medim.vocabulary import KINDS
+
+NOISE = 20_251_006  # the seed of the noise
+TASKS: tuple[Task, ...] = ("pair", "report", "image")
+
+
+@options
+class ValidationOptions:
+    """When the averaged weights are validated, and on what.
+
+    Attributes:
+        every: steps between validations; 0: never. The best so far is kept as the model folder `best`.
+        studies: of the split `validation` of each dataset, so many at most.
+        batch_size: rows of a forward pass; it changes no figure.
+    """
+
+    every: Annotated[int, Field(ge=0)] = 0
+    studies: Annotated[int, Field(ge=1)] = 256
+    batch_size: Annotated[int, Field(ge=1)] = 16
+
+
+class Validation:
+    """A fixed set.
+
+    Args:
+        rows: its studies as rows; `modalities` are those of their (first) images.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        modalities: Sequence[str],
+        o: ValidationOptions,
+        objective: ObjectiveOptions,
+        fill: int,
+        mask_id: int,
+    ) -> None:
+        self.rows, self.o, self.fill, self.mask_id = list(rows), o, fill, mask_id
+        self.objective = objective
+        by_modality = {name: [i for i, one in enumerate(modalities) if one == name] for name in sorted(set(modalities))}
+        self.chunks = [  # a task, a modality and places that share a forward pass
+            (task, modality, places[first : first + o.batch_size])
+            for task in TASKS
+            for modality, places in by_modality.items()
+            for first in range(0, len(places), o.batch_size)
+        ]
+
+    def batch(self, task: Task, places: Sequence[int]) -> Batch:
+        """Some studies with the noise that a task and their places give them."""
+        o = replace(self.objective, tasks={task: 1.0}, condition_dropout=0.0)
+        canvas = Canvas.collate([self.rows[place] for place in places], self.fill)
+        return make_batch(canvas, list(places), len(self.rows), 0, NOISE, o, self.mask_id)
+
+    @torch.no_grad()
+    def __call__(
+        self, model: nn.Module, rank: int, world: int, device: torch.device, total: Callable[[Tensor], Tensor]
+    ) -> dict[str, float]:
+        """Nats a masked position by ``task/modality/kind``, and ``loss``, the objective's mean over all tasks.
+
+        Processes take chunks in turn; one that has none left repeats the last with weight 0, since where weights are
+        divided all must run as often.
+
+        Args:
+            total: sums a tensor over processes.
+        """
+        names = sorted({(task, modality) for task, modality, _ in self.chunks})
+        sums = torch.zeros(len(names), len(KINDS), 2, dtype=torch.float64)
+        objective = torch.zeros(2, dtype=torch.float64)
+        for turn in range(-(-len(self.chunks) // world)):
+            number = turn * world + rank
+            task, modality, places = self.chunks[min(number, len(self.chunks) - 1)]
+            batch = self.batch(task, places)
+            found: Loss = loss(model, batch.to(device), self.objective)
+            if number < len(self.chunks):
+                cell = sums[names.index((task, modality))]
+                cell += torch.stack([found.nats.sum(1), found.positions.sum(1)], dim=1).cpu()
+                objective += torch.tensor([float(found.total), count(batch, self.objective)], dtype=torch.float64)
+        sums, objective = total(sums.to(device)).cpu(), total(objective.to(device)).cpu()
+        row: dict[str, Any] = {"loss": float(objective[0] / objective[1])}
+        for (task, modality), cell in zip(names, sums, strict=True):
+            for kind, (nats, positions) in zip(KINDS, cell.tolist(), strict=True):
+                if positions:
+                    row[f"{task}/{modality}/{kind}"] = round(nats / positions, 6)
+        return row | {"loss": round(row["loss"], 6)}
