@@ -30,14 +30,10 @@ from medim.tokenization.text import TextTokenizer
 from medim.training.checkpoint import Averaged
 from medim.training.folders import STATE_NAME
 from medim.training.loop import TrainOptions
-<<<<<<< HEAD
-from medim.training.sizes import EstimateOptions
-from medim.training.task import DiffusionTask, Rows
-=======
 from medim.training.report import LogOptions
+from medim.training.sizes import EstimateOptions
 from medim.training.task import DiffusionTask, Rows, Slots
 from medim.training.validation import Validation, ValidationOptions
->>>>>>> h5-lead
 from medim.training.weights import Source, Stored, skeleton
 
 
@@ -88,12 +84,9 @@ class TrainConfig:
     objective: ObjectiveOptions = ObjectiveOptions()
     train: TrainOptions = TrainOptions()
     lora: LoraOptions = LoraOptions()
-<<<<<<< HEAD
-    estimate: EstimateOptions = EstimateOptions()
-=======
     log: LogOptions = LogOptions()
     validation: ValidationOptions = ValidationOptions()
->>>>>>> h5-lead
+    estimate: EstimateOptions = EstimateOptions()
 
 
 def make_task(config: TrainConfig) -> DiffusionTask:
