@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import astuple
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import pydantic
 import torch
 from torch import nn
 
@@ -88,10 +88,8 @@ class Budget:
     @cached_property
     def work(self) -> Work:
         """Of all GPUs in a step."""
-        one = self.sizes.work(self.studies, self.backend)
-        times = self.sharing.gpus * self.config.train.accumulate
-        *numbers, rows = astuple(one)
-        return Work(*(n * times for n in numbers), tuple(n * times for n in rows))
+        shares = self.sharing.gpus * self.config.train.accumulate
+        return self.sizes.work(self.studies, self.backend).times(shares)
 
     @property
     def needed(self) -> dict[str, Flops]:
@@ -228,7 +226,7 @@ def _shape(config: TrainConfig) -> tuple[MeDiMConfig, SlotOptions, int]:
 def _image(folder: Path, o: EstimateOptions) -> tuple[int, int]:
     """Codes of the codebook, and of an image."""
     if (folder / "config.json").is_file():
-        shape = VQConfig(**json.loads((folder / "config.json").read_text()))
+        shape = pydantic.TypeAdapter(VQConfig).validate_json((folder / "config.json").read_bytes())
         return shape.n_embed, (shape.resolution // shape.downsampling) ** 2
     if not (o.codes and o.image_codes):
         raise UserError(f"image_tokenizer: {folder} is not here; set estimate.codes and estimate.image_codes")

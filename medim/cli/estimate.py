@@ -56,8 +56,8 @@ def estimate(argv: Sequence[str]) -> int:
     card = next((found for name, found in CARDS.items() if name.lower() == args.gpu.lower()), None)
     if card is None and (args.peak is None or args.card is None):
         raise UserError(f"--gpu {args.gpu}: known are {', '.join(CARDS)}; for others give --peak and --card")
-    peak, memory = card or (0.0, 0)
-    peak, memory = TERA * (args.peak or peak), args.card or memory
+    known, gib = card or (0.0, 0)
+    peak, memory = TERA * (args.peak or known), float(args.card or gib)
     config = load(args.config, args.overrides, TrainConfig)
     found = budget_of(config, Sharing(args.gpus, args.zero, args.offload))
     if args.json:
@@ -74,9 +74,9 @@ def text(found: Budget, card: float, peak: float, mfu: float) -> str:
     from medim.training.memory import GIB
 
     sizes, o, sharing = found.sizes, found.config.train, found.sharing
-    way = f"ZeRO-{sharing.zero}" if sharing.zero else "DDP" if sharing.gpus > 1 else "no sharing"
+    way = f", ZeRO-{sharing.zero}" if sharing.zero else ", DDP" if sharing.gpus > 1 else ""
     lines = [
-        f"{sharing.gpus} x {card:g} GiB, {way}{', offloaded' if sharing.offload else ''}, "
+        f"{sharing.gpus} x {card:g} GiB{way}{', offloaded' if sharing.offload else ''}, "
         f"{'bf16' if found.bf16 else 'fp32'}, {o.optimizer}, checkpointing {o.gradient_checkpointing}",
         f"rows of {sizes.length} positions, {sizes.together} studies each; {found.studies} studies at a time on a GPU",
         f"learnt from: {sizes.masked('text'):.0%} of the text, {sizes.masked('image'):.0%} of the codes in the mean",
@@ -86,19 +86,25 @@ def text(found: Budget, card: float, peak: float, mfu: float) -> str:
     sums = tuple(sum(part[i] for part in found.parameters.values()) for i in (0, 1))
     for part, (n, m) in (found.parameters | {"sum": (sums[0], sums[1])}).items():
         lines.append(f"  {part:30}{n / 1e6:12,.1f}{m / 1e6:12,.1f}")
-    lines += ["", f"{'TFLOP a step':20}{'model FLOPs':>12}{'forward':>12}{'backward':>12}{'again':>12}{'hardware':>12}"]
+    unit, scale = ("TFLOP", TERA) if total(found.needed) >= TERA else ("GFLOP", TERA / 1000)
+    lines += [
+        "",
+        f"{unit + ' a step':20}{'model FLOPs':>12}{'forward':>12}{'backward':>12}{'again':>12}{'hardware':>12}",
+    ]
     needed, computed = found.needed, found.computed
     computed = computed | {"sum": Flops(*(sum(part[i] for part in computed.values()) for i in range(3)))}
     for part, flops in computed.items():
         useful = total(needed) if part == "sum" else sum(needed[part])
-        row = "".join(f"{value / TERA:12,.4g}" for value in (useful, *flops, sum(flops)))
+        row = "".join(f"{value / scale:12,.4g}" for value in (useful, *flops, sum(flops)))
         lines.append(f"  {part:18}{row}")
     held = found.bytes(found.studies)
-    lines += ["", f"{'GiB on each GPU':32}"]
-    lines += [f"  {kind:30}{value / GIB:12.2f}" for kind, value in held.items() if value >= 1]
-    lines.append(f"  {'sum':30}{sum(held.values()) / GIB:12.2f}  of {card * FREE:.1f} that a card of {card:g} leaves")
+    unit, scale = ("GiB", GIB) if sum(held.values()) >= GIB else ("MiB", 2**20)
+    lines += ["", f"{unit} on each GPU"]
+    lines += [f"  {kind:30}{value / scale:12.2f}" for kind, value in held.items() if value >= 1]
+    room = f"{card * FREE * GIB / scale:,.1f} that a card of {card:g} GiB leaves"
+    lines.append(f"  {'sum':30}{sum(held.values()) / scale:12.2f}  of {room}")
     if found.host:
-        lines.append(f"  {'on the host for each GPU':30}{sum(found.host.values()) / GIB:12.2f}")
+        lines.append(f"  {'on the host for each GPU':30}{sum(found.host.values()) / scale:12.2f}")
     most, hours = found.largest(card), found.hours(peak, mfu)
     share = sharing.gpus * o.accumulate
     lines += [

@@ -1,8 +1,8 @@
 """Bytes that training needs on each GPU, by kind, counted without allocating any of them.
 
 What lasts between steps is a sum over parameters. What the backward pass needs is counted by running one and two
-decoder layers on fake tensors (torch's FakeTensorMode: shapes and types without memory) for one and two rows, and asking
-autograd what it saves; bytes are linear in both. What the allocator wastes and the driver takes is not counted.
+decoder layers on fake tensors (torch's FakeTensorMode: shapes and types without memory) for one and two rows, and by
+asking autograd what it saves; bytes are linear in both. What the allocator wastes and the driver takes is not counted.
 
 Shape letters: L canvas length, T noise levels a row, D hidden width, V joint vocabulary, N supervised rows, C columns.
 """
@@ -69,19 +69,19 @@ def lasting(model: nn.Module, sharing: Sharing, optimizer: str, bf16: bool, bits
     n, frozen = sum(p.numel() for p in trained), [p for p in own if not p.requires_grad]
     moments = sum(2.0 * p.numel() * (1 + 4 / 256 if p.numel() >= SMALL else 4) for p in trained)
     moments = moments if optimizer == "adamw_8bit" else 8.0 * n
-    quantised = _quantised(model) if bits else {}
+    quantised = _quantised(model, bits) if bits else {}
     kept = sum(float(quantised.get(id(p), p.numel() * p.element_size())) for p in frozen)
     if not sharing.zero:
         found = {"weights": kept + 4.0 * n, "gradients": 4.0 * n, "optimizer": moments, "EMA": 4.0 * n}
         return found | ({"buckets": 4.0 * n} if sharing.gpus > 1 else {}), {}
-    size, each = 2 if bf16 else 4, 1 / sharing.gpus
+    size, each = 2.0 if bf16 else 4.0, 1 / sharing.gpus
     found = {
         "weights": size * (n + sum(p.numel() for p in frozen)) * (each if sharing.zero == 3 else 1),
         "gradients": size * n * (each if sharing.zero >= 2 else 1),
         "master weights": 4 * n * each,
         "optimizer": moments * each,
         "EMA": 4 * n * each,
-        "buckets": float(size * BUCKET * (2 if sharing.zero == 2 else 1)),
+        "buckets": size * BUCKET * (2 if sharing.zero == 2 else 1),
     }
     if sharing.offload:
         away = ("weights", "gradients", "master weights", "optimizer", "EMA")
@@ -89,15 +89,14 @@ def lasting(model: nn.Module, sharing: Sharing, optimizer: str, bf16: bool, bits
     return found, {}
 
 
-def _quantised(model: nn.Module) -> dict[int, float]:
+def _quantised(model: nn.Module, bits: int) -> dict[int, float]:
     """Bytes of frozen projections with adapters: nf4 with its scales quantised once more, or 8 bits with one a row."""
-    bits = model.lora.options.bits  # type: ignore[union-attr]
-    found = {}
+    found: dict[int, float] = {}
     for module in model.modules():
         base = getattr(module, "base_layer", None)
         if isinstance(base, nn.Linear):
             n = base.weight.numel()
-            scales = n / 64 + 4 * n / 64 / 256 if bits == 4 else 4 * base.out_features
+            scales = n / 64 + 4 * n / 64 / 256 if bits == 4 else 4.0 * base.out_features
             found[id(base.weight)] = n * bits / 8 + scales
     return found
 
@@ -168,8 +167,8 @@ def _run(model: MeDiMModel, sizes: Sizes, bf16: bool, again: bool, layers: int, 
     """Bytes that autograd saves while some layers run for some rows; weights themselves are not counted."""
     length = sizes.length
     with _shortened(model, layers, again), FakeTensorMode(allow_non_fake_inputs=True):
-        weights = {
-            name: torch.empty(p.shape, dtype=p.dtype).requires_grad_(p.requires_grad)
+        weights: dict[str, Tensor] = {
+            name: nn.Parameter(torch.empty(p.shape, dtype=p.dtype), requires_grad=p.requires_grad)
             for name, p in model.named_parameters()
         }
         own = {value.untyped_storage()._cdata for value in weights.values()}
