@@ -199,6 +199,11 @@ class FSDP2(Engine):
         self.model.set_requires_gradient_sync(last)
         return nullcontext()
 
+    def refresh(self) -> None:
+        for module in self.inner.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # without a backward pass the root keeps what it gathered
+
     def step(self) -> Tensor:
         norm = super().step()
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -306,6 +311,7 @@ class DeepSpeed(Engine):
         if self.stage < 3:
             self.zero.update_lp_params()
             return
+        self.zero._partition_all_parameters()  # small ones are kept whole beside their parts
         for group in range(len(self.zero.fp32_partitioned_groups_flat)):
             self.zero._reassign_or_swap_out_partitioned_parameters(group)
         if self.zero.persistent_parameters:

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from accelerate import init_empty_weights
@@ -29,6 +29,7 @@ def skeleton() -> AbstractContextManager[None]:
     return init_empty_weights(include_buffers=False)
 
 
+@runtime_checkable
 class Source(Protocol):
     """Tensors by name, with the folder that messages name."""
 
