@@ -49,9 +49,7 @@ def test_a_line_has_means_over_the_steps_since_the_last(meter: Meter, tmp_path: 
 def test_a_loss_that_is_no_number_names_its_step_its_studies_and_the_last_checkpoint(meter: Meter) -> None:
     for total in (1.0, float("nan"), 2.0):
         meter.add(made(total))
-    with pytest.raises(
-        UserError, match=r"step 2: the loss is nan; step-3 is whole.*of the step: study-1-0, st"
-    ):
+    with pytest.raises(UserError, match=r"step 2: the loss is nan; step-3 is whole.*of the step: study-1-0, st"):
         meter.write(3, torch.tensor(1.0), 1.0)
 
 
