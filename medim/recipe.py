@@ -31,6 +31,7 @@ from medim.training.checkpoint import Averaged
 from medim.training.folders import STATE_NAME
 from medim.training.loop import TrainOptions
 from medim.training.report import LogOptions
+from medim.training.sizes import EstimateOptions
 from medim.training.task import DiffusionTask, Rows, Slots
 from medim.training.validation import Validation, ValidationOptions
 from medim.training.weights import Source, Stored, skeleton
@@ -69,6 +70,7 @@ class TrainConfig:
             `model`.
         seed: of the weights, the data order, the noise levels and the masks.
         lora: adapters over `init` instead of all its weights; the run's models are then folders of adapters.
+        estimate: sizes for `medim estimate` where tokenizers and data are elsewhere; training does not read it.
     """
 
     run_dir: str
@@ -84,6 +86,7 @@ class TrainConfig:
     lora: LoraOptions = LoraOptions()
     log: LogOptions = LogOptions()
     validation: ValidationOptions = ValidationOptions()
+    estimate: EstimateOptions = EstimateOptions()
 
 
 def make_task(config: TrainConfig) -> DiffusionTask:

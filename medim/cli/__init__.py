@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
+from medim.cli.estimate import estimate
 from medim.cli.inspection import inspect
 from medim.cli.merge import merge
 from medim.cli.preparation import prepare
@@ -17,7 +18,20 @@ from medim.cli.tokenizers import tokenizer, train_vq
 from medim.cli.training import export, train
 from medim.errors import UserError
 
-__all__ = ["export", "inspect", "main", "merge", "prepare", "run", "sample", "score", "tokenizer", "train", "train_vq"]
+__all__ = [
+    "estimate",
+    "export",
+    "inspect",
+    "main",
+    "merge",
+    "prepare",
+    "run",
+    "sample",
+    "score",
+    "tokenizer",
+    "train",
+    "train_vq",
+]
 
 
 def run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
@@ -41,6 +55,7 @@ def run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | No
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (train, "train a model, or go on with a run"),
+    "estimate": (estimate, "what a training run will cost: memory, FLOPs, hours"),
     "export": (export, "a training checkpoint as a model folder"),
     "sample": (sample, "make pairs, reports, images, or parts of them"),
     "prepare": (prepare, "encode studies once, before training"),

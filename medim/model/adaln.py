@@ -63,28 +63,27 @@ class AdaLN(nn.Module):
         missing = [name for name in branches if not isinstance(getattr(layer, name, None), nn.Module)]
         if missing:
             raise TypeError(f"{type(layer).__name__} is no pre-norm decoder layer: it has no {', '.join(missing)}")
-        now: dict[str, tuple[Tensor, ...]] = {}
+        now: dict[str, Any] = {}  # made and dropped inside the layer's forward: checkpointing keeps none of it
 
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             kwargs = dict(kwargs)
-            now["values"] = self.modulation(kwargs.pop("time"), kwargs.pop("level"))
+            now["asked"] = kwargs.pop("time"), kwargs.pop("level")
             return args, kwargs
 
-        def norm(shift: int, scale: int) -> Any:
-            def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-                return output * (1 + now["values"][scale]) + now["values"][shift]
+        def start(module: nn.Module, args: Any) -> None:
+            now["values"] = list(self.modulation(*now["asked"]))
 
-            return hook
+        def norm(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            shift, scale = now["values"].pop(0), now["values"].pop(0)
+            return output * (1 + scale) + shift
 
-        def gate(index: int) -> Any:
-            def hook(module: nn.Module, args: Any, output: Any) -> Any:
-                factor = 1 + now["values"][index]
-                return (output[0] * factor, *output[1:]) if isinstance(output, tuple) else output * factor
-
-            return hook
+        def gate(module: nn.Module, args: Any, output: Any) -> Any:
+            factor = 1 + now["values"].pop(0)
+            return (output[0] * factor, *output[1:]) if isinstance(output, tuple) else output * factor
 
         layer.register_forward_pre_hook(enter, with_kwargs=True)
-        for name, hook in zip(branches, (norm(0, 1), gate(2), norm(3, 4), gate(5)), strict=True):
+        getattr(layer, branches[0]).register_forward_pre_hook(start)
+        for name, hook in zip(branches, (norm, gate, norm, gate), strict=True):
             getattr(layer, name).register_forward_hook(hook)
 
     def modulation(

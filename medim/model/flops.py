@@ -15,7 +15,7 @@ supervised rows, C columns of their kind.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -125,6 +125,11 @@ class Work:
             spread=size * length * levels,
             rows=tuple(map(len, rows)),
         )
+
+    def times(self, n: int) -> Work:
+        """n such passes."""
+        numbers = {field.name: n * getattr(self, field.name) for field in fields(self) if field.name != "rows"}
+        return Work(**numbers, rows=tuple(n * count for count in self.rows))
 
 
 @dataclass(frozen=True)
