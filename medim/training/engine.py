@@ -324,6 +324,17 @@ def make_engine(accelerator: Accelerator, skeleton: nn.Module, clip: float) -> E
     return kinds.get(accelerator.distributed_type, Engine)(accelerator, skeleton, clip)
 
 
+def zero_stage(accelerator: Accelerator) -> tuple[int, bool]:
+    """How much is shared out, as a ZeRO stage (FSDP2 is 3), and whether the host keeps it."""
+    if accelerator.distributed_type == DistributedType.FSDP:
+        return 3, _asked("FSDP_OFFLOAD_PARAMS")
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        zero = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+        device = zero.get("offload_optimizer", {}).get("device", "none")
+        return int(zero["stage"]), device != "none"
+    return 0, False
+
+
 class EMA:
     """Exponential moving average of the weights: e <- d e + (1 - d) w; d rises to `decay` over the first steps.
 
