@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pydantic
 import torch
 from torch import nn
@@ -197,6 +198,20 @@ def will_it_fit(found: Budget, card: float, device: str) -> None:
         f"train.batch_size={o.batch_size}: {found.studies} studies at a time on each GPU (1/{share} of it) need about "
         f"{need:.1f} GiB, {device} has {card:.1f}, of which {FREE:.0%} can be used; {do} (medim estimate shows why)"
     )
+
+
+def check_memory(config: TrainConfig, sharing: Sharing) -> None:
+    """Refuse a run whose batch cannot fit on this process's GPU, or with the others' on this host.
+
+    Raises:
+        UserError: see `will_it_fit`.
+    """
+    if torch.cuda.is_available():
+        name, there = torch.cuda.get_device_name(), torch.cuda.get_device_properties(torch.cuda.current_device())
+        memory = float(there.total_memory)
+    else:
+        name, memory = "each process's part of this host", psutil.virtual_memory().total / sharing.gpus
+    will_it_fit(estimate(config, sharing), memory / GIB, name)
 
 
 def _fits(found: Budget, parts: int, most: int) -> bool:

@@ -114,6 +114,7 @@ def make_task(config: TrainConfig) -> DiffusionTask:
         shape.schedule, shape.schedule_power = config.objective.schedule, config.objective.schedule_power
     with skeleton():
         model = MeDiMModel(shape)
+    model.tie_weights()  # parameters that were made without memory are no longer one
     if model.vocabulary != joint.vocabulary:
         raise UserError(f"{config.init}: config.json and canvas.json disagree about the vocabulary; it was mixed up")
     wanted = Schedule(config.objective.schedule, config.objective.schedule_power)

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 HELP = """What a training run will cost, before a GPU is rented: nothing is trained, nothing is allocated.
 
-  medim estimate configs/train/medim_7b_zero3.yaml --gpus 64 --zero 3
+  medim estimate configs/train/medim_7b_zero3.yaml            # for the cards that the config is meant for
+  medim estimate configs/train/medim_7b_zero3.yaml --gpus 64
   medim estimate CONFIG train.batch_size=256 train.gradient_checkpointing=1 --gpus 8 --gpu A100 --card 40
   medim estimate CONFIG --json
 
@@ -30,10 +31,10 @@ def estimate(argv: Sequence[str]) -> int:
     parser = make_parser("medim estimate", HELP)
     parser.add_argument("config", help="a YAML file, as those in configs/train/")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that replace the file's")
-    parser.add_argument("--gpus", type=int, default=1, help="over all nodes (1)")
-    parser.add_argument("--zero", type=int, default=0, choices=range(4), help="ZeRO stage; 0 is DDP (0)")
+    parser.add_argument("--gpus", type=int, help="over all nodes (the config's, or 1)")
+    parser.add_argument("--zero", type=int, choices=range(4), help="ZeRO stage; 0 is DDP (the config's, or 0)")
     parser.add_argument("--offload", action="store_true", help="ZeRO-3 with its parts on the host")
-    parser.add_argument("--gpu", default="H100", help="kind of card, which gives its peak and memory (H100)")
+    parser.add_argument("--gpu", help="kind of card, which gives its peak and memory (the config's, or H100)")
     parser.add_argument("--card", type=float, help="GiB of the card's memory instead (H100: 80)")
     parser.add_argument("--peak", type=float, help="TFLOP/s of the card instead")
     parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak that is reached (0.4)")
@@ -53,13 +54,15 @@ def estimate(argv: Sequence[str]) -> int:
     from medim.recipe import TrainConfig
     from medim.training.memory import Sharing
 
-    card = next((found for name, found in CARDS.items() if name.lower() == args.gpu.lower()), None)
+    config = load(args.config, args.overrides, TrainConfig)
+    meant = config.estimate
+    gpu, zero = args.gpu or meant.gpu, meant.zero if args.zero is None else args.zero
+    card = next((found for name, found in CARDS.items() if name.lower() == gpu.lower()), None)
     if card is None and (args.peak is None or args.card is None):
-        raise UserError(f"--gpu {args.gpu}: known are {', '.join(CARDS)}; for others give --peak and --card")
+        raise UserError(f"--gpu {gpu}: known are {', '.join(CARDS)}; for others give --peak and --card")
     known, gib = card or (0.0, 0)
     peak, memory = TERA * (args.peak or known), float(args.card or gib)
-    config = load(args.config, args.overrides, TrainConfig)
-    found = budget_of(config, Sharing(args.gpus, args.zero, args.offload))
+    found = budget_of(config, Sharing(args.gpus or meant.gpus, zero, args.offload))
     if args.json:
         print(json.dumps(found.report(memory, peak, args.mfu)))
     else:

@@ -31,12 +31,16 @@ def train(argv: Sequence[str]) -> int:
 
     config = load(args.config, args.overrides, TrainConfig)
     quiet()
-    from medim.training.engine import make_accelerator
+    from medim.estimate import check_memory
+    from medim.training.engine import make_accelerator, zero_stage
     from medim.training.loop import train as run_loop
+    from medim.training.memory import Sharing
     from medim.training.processes import leave, multiplies_bf16
 
     o = config.train
     accelerator = make_accelerator(o.precision == "bf16" or (o.precision == "auto" and multiplies_bf16()), o.timeout)
+    stage, offload = zero_stage(accelerator)
+    check_memory(config, Sharing(accelerator.num_processes, stage, offload and stage == 3))
     with accelerator.main_process_first():  # one process encodes the data, the others find it there
         task = make_task(config)
     final = run_loop(accelerator, task, o, config.log, Path(config.run_dir), dump(config))

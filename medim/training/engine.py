@@ -199,6 +199,11 @@ class FSDP2(Engine):
         self.model.set_requires_gradient_sync(last)
         return nullcontext()
 
+    def refresh(self) -> None:
+        for module in self.inner.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # without a backward pass the root keeps what it gathered
+
     def step(self) -> Tensor:
         norm = super().step()
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -306,6 +311,7 @@ class DeepSpeed(Engine):
         if self.stage < 3:
             self.zero.update_lp_params()
             return
+        self.zero._partition_all_parameters()  # small ones are kept whole beside their parts
         for group in range(len(self.zero.fp32_partitioned_groups_flat)):
             self.zero._reassign_or_swap_out_partitioned_parameters(group)
         if self.zero.persistent_parameters:
@@ -316,6 +322,17 @@ def make_engine(accelerator: Accelerator, skeleton: nn.Module, clip: float) -> E
     """The way of sharing that `accelerate launch` was told."""
     kinds = {DistributedType.DEEPSPEED: DeepSpeed, DistributedType.FSDP: FSDP2}
     return kinds.get(accelerator.distributed_type, Engine)(accelerator, skeleton, clip)
+
+
+def zero_stage(accelerator: Accelerator) -> tuple[int, bool]:
+    """How much is shared out, as a ZeRO stage (FSDP2 is 3), and whether the host keeps it."""
+    if accelerator.distributed_type == DistributedType.FSDP:
+        return 3, _asked("FSDP_OFFLOAD_PARAMS")
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        zero = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+        device = zero.get("offload_optimizer", {}).get("device", "none")
+        return int(zero["stage"]), device != "none"
+    return 0, False
 
 
 class EMA:

@@ -31,12 +31,16 @@ class EstimateOptions:
         codes: of the image tokenizer, K.
         image_codes: of one image.
         report: positions of a report's slot in the mean; 0: all are as long as the longest.
+        gpus, zero, gpu: for how many cards of which kind, and which ZeRO stage, the config is meant.
     """
 
     text_tokens: Annotated[int, Field(ge=0)] = 0
     codes: Annotated[int, Field(ge=0)] = 0
     image_codes: Annotated[int, Field(ge=0)] = 0
     report: Annotated[int, Field(ge=0)] = 0
+    gpus: Annotated[int, Field(ge=1)] = 1
+    zero: Annotated[int, Field(ge=0, le=3)] = 0
+    gpu: str = "H100"
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ class Runs:
     def fork(self, name: str, new: str, step: int) -> None:
         """Make `new` what `name` was after `step`."""
         (self.folder / new / "checkpoints").mkdir(parents=True)
-        for part in (f"checkpoints/step-{step:08d}", "config.yaml", "metrics.jsonl"):
+        for part in (f"checkpoints/step-{step:08d}", "config.yaml", "metrics.jsonl", "validation.jsonl"):
             copy = shutil.copytree if (self.folder / name / part).is_dir() else shutil.copy
             copy(self.folder / name / part, self.folder / new / part)
 
@@ -97,6 +97,10 @@ class Runs:
     def weights(self, name: str) -> dict[str, torch.Tensor]:
         """Of the exported model."""
         return load_file(self.folder / name / "final" / "model.safetensors")
+
+    def validated(self, name: str) -> list[dict[str, float]]:
+        """The lines of its validations."""
+        return [json.loads(line) for line in (self.folder / name / "validation.jsonl").read_text().splitlines()]
 
     def compare(self, name: str, with_: str, tolerance: float) -> None:
         """Losses of all steps and final weights."""
@@ -125,6 +129,7 @@ def make_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[...
 @pytest.fixture(scope="module")
 def runs(make_runs: Callable[..., Runs]) -> Runs:
     """Runs of 20 steps of 4 studies with a checkpoint at half; `one` is that of one process."""
-    runs = make_runs(train__steps=STEPS, train__batch_size=4, train__checkpoint_every=STEPS // 2)
+    settings = {"validation__every": STEPS // 2, "validation__studies": 10, "validation__batch_size": 4}
+    runs = make_runs(train__steps=STEPS, train__batch_size=4, train__checkpoint_every=STEPS // 2, **settings)
     runs.run("one")
     return runs

@@ -19,7 +19,7 @@ def main(out: str, path: str, *overrides: str) -> None:
     accelerator = make_accelerator(False, 120.0)
     with accelerator.main_process_first():
         task = make_task(config)
-    run = loop._Run(accelerator, task, config.train, Path(config.run_dir), dump(config))
+    run = loop._Run(accelerator, task, config.train, config.log, Path(config.run_dir), dump(config))
     found = {}
 
     def keep() -> object:

@@ -27,6 +27,14 @@ def test_two_processes_train_as_one(engine: str, runs: Any) -> None:
     runs.compare(engine, "one", CLOSE)
 
 
+def test_the_average_is_validated_as_in_one_process(engine: str, runs: Any) -> None:
+    ours, theirs = runs.validated(engine), runs.validated("one")
+    assert [row["step"] for row in ours] == [10, 20] and ours[0]["loss"] != ours[1]["loss"]
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine == pytest.approx(other, abs=CLOSE)
+    assert (runs.folder / engine / "best" / "model.safetensors").is_file()
+
+
 def test_the_export_is_a_plain_model_folder(engine: str, runs: Any) -> None:
     model = MeDiM.from_pretrained(runs.folder / engine / "final")
     assert model.sample(task="report", image=model.sample(task="pair", domain="xray", n=1)[0].image)[0].report

@@ -108,7 +108,7 @@ def test_two_processes_and_two_parts_give_the_losses_of_one(whole: Path, tiny_mo
     launch = ["-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu.yaml"]
     said = run(*launch, "--main_process_port", "29517", *config(whole, tiny_model, "two"))
     assert "2 processes, DDP: 4 rows a step, 2 at a time each" in said
-    run(*config(whole, tiny_model, "parts", accumulate=2, tensorboard=True))
+    run(*config(whole, tiny_model, "parts", accumulate=2), "log.tensorboard=true")
     assert list((whole / "parts" / "tensorboard").glob("events.*"))
     for name in ("two", "parts"):
         for step, values in losses(whole / "whole").items():
