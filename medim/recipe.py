@@ -112,6 +112,7 @@ def make_task(config: TrainConfig) -> DiffusionTask:
         joint = JointTokenizer.build(text, VQTokenizer.from_pretrained(config.image_tokenizer), config.slot)
         shape, sampling = config_of(config.model, joint.vocabulary), Sampling()
         shape.schedule, shape.schedule_power = config.objective.schedule, config.objective.schedule_power
+    shape._attn_implementation = config.model.backbone.attn_implementation
     with skeleton():
         model = MeDiMModel(shape)
     model.tie_weights()  # parameters that were made without memory are no longer one

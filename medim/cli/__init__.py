@@ -5,6 +5,7 @@ Heavy imports come after the arguments are read.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -36,17 +37,19 @@ __all__ = [
 
 def run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
     """Run a command as a user meets it: a mistake is one line on stderr and exit code 2."""
+    rank = os.environ.get("RANK", "0")
+    label = "error:" if rank == "0" else f"rank {rank}: error:"
     try:
         return command(sys.argv[1:] if argv is None else argv) or 0
     except UserError as error:
         for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
+            print(f"{label} {line}", file=sys.stderr)
         return 2
     except ImportError as error:  # an optional package: its message says what to install
-        print(f"error: {error}; see README.md on how to install", file=sys.stderr)
+        print(f"{label} {error}; see README.md on how to install", file=sys.stderr)
         return 2
     except OSError as error:  # a full disk, a folder that cannot be written
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{label} {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -323,7 +323,7 @@ class _Run:
 HARMLESS = (
     *("run_dir", "data.path", "train.accumulate", "train.compile", "train.gradient_checkpointing", "train.workers"),
     *("train.checkpoint_every", "train.keep", "train.keep_every", "train.timeout"),
-    *("log", "validation"),
+    *("log", "validation", "estimate", "model.backbone.attn_implementation"),
 )
 
 

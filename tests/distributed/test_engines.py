@@ -46,6 +46,12 @@ def test_it_goes_on_from_its_checkpoint(engine: str, runs: Any) -> None:
     runs.compare(f"{engine}-again", engine, 1e-6)
 
 
+def test_a_batch_that_processes_cannot_share_is_one_line(runs: Any) -> None:
+    said = runs.run("uneven", "zero2", 2, expect=1, train__batch_size=5)
+    assert "error: train.batch_size=5 is not shared evenly by 2" in said and 'File "' not in said.split("error:")[0]
+    assert not (runs.folder / "uneven" / "checkpoints").exists()
+
+
 # A cycle through all ways, each with another number of processes than the one before; the rest is in `make test-all`.
 CYCLE = (("one", "", 1), ("zero3", "zero3", 2), ("fsdp2", "fsdp2", 2), ("zero2", "zero2", 2), ("cpu", "cpu", 2))
 STEPS = [(a, b) for a, b in itertools.pairwise((*CYCLE, CYCLE[0]))]
