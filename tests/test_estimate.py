@@ -145,7 +145,7 @@ def test_zero_shares_out_what_its_paper_says(zero: int, shared: int) -> None:
 
 @pytest.mark.parametrize("mode", ["plain", "every second block again", "packed"])
 def test_flops_of_a_step_are_those_counted(mode: str) -> None:
-    config = config_of("train.precision=fp32", "train.batch_size=5", *MODES[mode])
+    config = config_of("train.precision=fp32", "train.batch_size=6", *MODES[mode])
     budget, model = real(config)
     with counted() as counter:
         for seed in range(3):  # how many positions are masked is chance
