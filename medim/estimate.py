@@ -72,7 +72,8 @@ class Budget:
         return self.lasting | {
             "bf16 copies": found.fixed + found.copies,
             "activations": found.row * rows + kept,
-            "a block again": found.block * rows,
+            "a block again": found.block * rows * found.again,
+            "a block's gradients": found.block * rows,  # of what it saved: at most as many bytes again
             "logits": logits,
         }
 
@@ -168,6 +169,7 @@ def estimate(config: TrainConfig, sharing: Sharing) -> Budget:
     shape, slot, codes = _shape(config)
     with skeleton():
         model = MeDiMModel(shape)
+    model.tie_weights()
     if config.lora.rank:
         add_lora(model, config.lora)
     report = slots(slot.longest, slot.multiple, config.estimate.report)

@@ -115,13 +115,16 @@ class Saved(NamedTuple):
     Attributes:
         row: for a row of the canvas.
         fixed: whatever the rows: under autocast, copies of the weights in bf16.
-        block: for a row, of one block that is computed again; `copies` of its weights. 0 without checkpointing.
+        block: for a row, of one block that is not computed again.
+        copies: of the weights of a block that is computed again, in bf16.
+        again: some blocks are.
     """
 
     row: float
     fixed: float
     block: float
     copies: float
+    again: bool
 
 
 def saved(model: MeDiMModel, sizes: Sizes, bf16: bool) -> Saved:
@@ -137,7 +140,7 @@ def saved(model: MeDiMModel, sizes: Sizes, bf16: bool) -> Saved:
     rest_row, rest_fixed = plain.rest
     row, fixed = plain.row * (len(layers) - again), plain.fixed * (len(layers) - again)
     if not again:
-        return Saved(row + rest_row, fixed + rest_fixed, 0.0, 0.0)
+        return Saved(row + rest_row, fixed + rest_fixed, plain.row, 0.0, False)
     kept = _block(model, sizes, bf16, True)
     if bf16:  # autocast keeps its copies of trained weights until the forward pass ends
         fixed += again * sum(
@@ -145,7 +148,9 @@ def saved(model: MeDiMModel, sizes: Sizes, bf16: bool) -> Saved:
             for m in (*layers[0].modules(), *model.adaln[0].modules())
             if isinstance(m, nn.Linear) and m.weight.requires_grad and m.weight.dtype == torch.float32
         )
-    return Saved(row + kept.row * again + rest_row, fixed + kept.fixed * again + rest_fixed, plain.row, plain.fixed)
+    return Saved(
+        row + kept.row * again + rest_row, fixed + kept.fixed * again + rest_fixed, plain.row, plain.fixed, True
+    )
 
 
 class _Block(NamedTuple):
