@@ -33,6 +33,7 @@ from medim.training.engine import EMA, Engine
 from medim.training.folders import STATE_NAME, flush, write_folder
 
 FORMAT = 2
+EXTRA = "extra."
 
 
 def save(
@@ -92,21 +93,23 @@ def _tried(action: Callable[[], None]) -> str:
 def _gathered(engine: Engine, ema: EMA) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of this process's file, and what its header says of them."""
     speaks = not engine.replicated or engine.accelerator.is_main_process
-    tensors, header = {"rng": torch.get_rng_state()}, {}
+    tensors: dict[str, Tensor] = {"rng": torch.get_rng_state()}
+    header: dict[str, Any] = {}
     if torch.cuda.is_available():
         tensors["rng_cuda"] = torch.cuda.get_rng_state()
     for name, piece in engine.pieces.items() if speaks else ():
         if piece.stop == piece.start:
             continue
         fields, scalars = {"weight": piece.weight, "ema": ema.weights[name]}, {}
-        size = piece.key.numel()
         for field, value in engine.moments(name).items():
-            if not isinstance(value, Tensor) or value.numel() == 1 != size:
+            if not isinstance(value, Tensor):
+                scalars[field] = value
+            elif value.dim() == 0:
                 scalars[field] = float(value)
-            elif value.numel() == size:
+            elif value.shape == piece.key.shape:
                 fields[field] = piece.of(value)
-            else:
-                raise UserError(f"optimizer state {field} of {name} has no place in a checkpoint")
+            else:  # what 8-bit moments are scaled by
+                tensors[f"{EXTRA}{field}/{name}"] = value.detach().cpu().clone()
         header[name] = {"start": piece.start, "stop": piece.stop, "shape": list(piece.shape), "scalars": scalars}
         tensors |= {f"{field}/{name}": value.detach().cpu().clone() for field, value in fields.items()}
     return tensors, header
@@ -145,21 +148,32 @@ class Checkpoint:
     @property
     def moments(self) -> list[str]:
         """Names of the optimizer's fields."""
-        return [field for field in self.fields if field not in ("weight", "ema")]
+        return [field for field in self.fields if field not in ("weight", "ema") and not field.startswith(EXTRA)]
 
     def read(self, field: str, name: str, start: int, stop: int) -> Tensor:
-        """Part start..stop of a flattened tensor, float32, from whichever files hold it."""
-        found = torch.empty(stop - start)
-        covered = 0
+        """Part start..stop of a flattened tensor, from whichever files hold it."""
+        found = {}
         for first, last, path in self.parts.get(name, []):
             a, b = max(start, first), min(stop, last)
             if a < b:
                 with safe_open(path, "pt") as file:
-                    found[a - start : b - start] = file.get_slice(f"{field}/{name}")[a - first : b - first]
-                covered += b - a
+                    found[a] = file.get_slice(f"{field}/{name}")[a - first : b - first]
+        covered = sum(map(len, found.values()))
         if covered != stop - start:
             raise UserError(f"{self.folder}: {field} of {name} is not all there: {covered} of {stop - start} values")
-        return found
+        return torch.cat([found[a] for a in sorted(found)]) if found else torch.empty(0)
+
+    def extra(self, name: str) -> dict[str, Tensor]:
+        """What the optimizer keeps of a parameter beside tensors of its shape; of a run whose processes hold all."""
+        fields = [field for field in self.fields if field.startswith(EXTRA)]
+        path = self.parts[name][0][2]
+        with safe_open(path, "pt") as file:
+            there = set(file.keys())
+            return {
+                field.removeprefix(EXTRA): file.get_tensor(f"{field}/{name}")
+                for field in fields
+                if f"{field}/{name}" in there
+            }
 
     def whole(self, field: str) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of a field in its own shape."""
@@ -183,6 +197,7 @@ class Checkpoint:
                 piece.weight.copy_(self.read("weight", *span))
                 ema.weights[name].copy_(self.read("ema", *span))
             engine.restore(name, {field: self.read(field, *span) for field in self.moments}, self.scalars[name])
+            engine.moments(name).update(self.extra(name))
         engine.refresh()
         rank, world = engine.accelerator.process_index, engine.accelerator.num_processes
         if world == len(self.paths):

@@ -42,6 +42,8 @@ def make_accelerator(bf16: bool, timeout: float) -> Accelerator:
     if cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     sharded = os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if sharded and not cpu and _asked("FSDP_OFFLOAD_PARAMS"):
+        handler.backend = "cuda:nccl,cpu:gloo"  # gradients meet on the host
     precision = "bf16" if bf16 else "no"
     accelerator = Accelerator(cpu=cpu and plain, mixed_precision=precision, kwargs_handlers=[handler])
     if sharded:
@@ -148,7 +150,7 @@ class Engine:
     def refresh(self) -> None:
         """Make the weights that are run those of the pieces, after these were changed by hand; all processes call."""
 
-    def moments(self, name: str) -> Mapping[str, Any]:
+    def moments(self, name: str) -> dict[str, Any]:
         """The optimizer's state of the tensor that holds a piece."""
         return self.optimizer.state.get(self.pieces[name].key, {})
 
@@ -158,11 +160,11 @@ class Engine:
         state = self.optimizer.state[piece.key]
         for field, value in fields.items():
             if field not in state:
-                state[field] = torch.zeros_like(piece.key)
+                state[field] = torch.zeros_like(piece.key, dtype=value.dtype)
             piece.of(state[field]).copy_(value)
         for field, number in scalars.items():
             device = local(piece.key).device if self.optimizer.defaults.get("fused") else "cpu"
-            state[field] = torch.tensor(float(number), device=device)
+            state[field] = number if isinstance(number, int) else torch.tensor(number, device=device)
 
 
 class FSDP2(Engine):
@@ -184,10 +186,14 @@ class FSDP2(Engine):
         def shard(unit: nn.Module) -> None:
             fully_shard(unit, mesh=mesh, mp_policy=precision, offload_policy=offload)
 
-        layers = set(self.inner.backbone.get_decoder().layers)  # type: ignore[union-attr, operator]
-        materialise(
-            self.inner, stored, seed, device, hand_on=lambda name, unit: shard(unit) if unit in layers else None
+        backbone: Any = self.inner.backbone
+        alone, tables = (
+            set(backbone.get_decoder().layers),
+            (backbone.get_input_embeddings(), backbone.get_output_embeddings()),
         )
+        if not set(tables[0].parameters()) & set(tables[1].parameters()):  # a tie must be in one unit
+            alone |= set(tables)
+        materialise(self.inner, stored, seed, device, hand_on=lambda _, unit: shard(unit) if unit in alone else None)
         shard(self.inner)
         if compiled:
             self.inner.compile_blocks()  # type: ignore[operator]
@@ -257,7 +263,7 @@ class DeepSpeed(Engine):
             materialise(self.inner, stored, seed, device)
         if compiled:
             self.inner.compile_blocks()  # type: ignore[operator]
-        self.model, self._wrapped = self.accelerator.prepare(self.inner, make_optimizer(self.inner))
+        self.model, _ = self.accelerator.prepare(self.inner, make_optimizer(self.inner))
         self.zero: Any = self.model.optimizer
         self.optimizer = self.zero.optimizer
         self.optimizer.state.clear()

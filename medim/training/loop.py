@@ -210,6 +210,8 @@ class _Run:
         self.costs = Costs.of(task.model)  # type: ignore[arg-type]
         self.engine = make_engine(accelerator, task.model, o.clip)
         task.check_sharing(self.engine.way, self.engine.divides_weights)
+        if o.optimizer == "adamw_8bit" and not self.engine.replicated:
+            raise UserError(f"train.optimizer=adamw_8bit cannot be used with {self.engine.way}, only on one GPU or DDP")
         self.engine.build(task.stored, task.seed, lambda model: make_optimizer(model, o), o.compile)
         self.ema = EMA(self.engine, o.ema)
         if found is not None:
@@ -272,19 +274,22 @@ class _Run:
         if self.lead:
             for name in ("validation.jsonl", "spikes.jsonl"):
                 drop_after(self.run_dir / name, self.first)
+            rows = read_rows(self.run_dir / "validation.jsonl")
+            if rows and min(rows, key=lambda row: row["loss"])["step"] == self.first:
+                export(self.folder / f"step-{self.first:08d}", self.run_dir / "best")  # a kill may have come before
         throughput = Throughput(self.accelerator, peak)
-        return Meter(log, throughput, self.log_options, self.o.batch_size, self.task.studies, self.where)
+        return Meter(log, throughput, self.log_options, self.o.batch_size, self.task.studies, self.last)
 
-    def look(self, step: int, log: Log, saved: bool) -> None:
+    def look(self, step: int, log: Log) -> bool:
         """Validate and draw when their step has come, with the averaged weights; all processes call it.
 
-        The best model so far becomes the folder `best`, for which a checkpoint is written if this step has none.
+        Returns whether the model is the best so far.
         """
         validation, pictures = self.task.validation, self.log_options.pictures
         validating = validation is not None and (step % validation.o.every == 0 or step == self.o.steps)
         drawing = bool(pictures) and step % pictures == 0
         if not validating and not drawing:
-            return
+            return False
         better = False
         self.engine.model.eval()
         with self.ema.in_place(), self.accelerator.autocast():
@@ -295,9 +300,12 @@ class _Run:
                 if sheet is not None:
                     log.picture(step, sheet)
         self.engine.model.train()
-        if better and not saved:
-            self.save(step)
-        if better and self.lead:
+        self.accelerator.wait_for_everyone()
+        return better
+
+    def keep_best(self, step: int) -> None:
+        """Write the model of this step's checkpoint as the best."""
+        if self.lead:
             export(self.folder / f"step-{step:08d}", self.run_dir / "best")
         self.accelerator.wait_for_everyone()
 
@@ -314,10 +322,10 @@ class _Run:
             log.track({"step": step} | row, "validation/")
         return row["loss"] < best
 
-    def where(self) -> str:
-        """How to go on after a failure."""
+    def last(self) -> str:
+        """The last complete checkpoint, as messages name it."""
         kept = sorted(self.folder.glob("step-*"))
-        return f"start again to go on after {kept[-1].name}" if kept else "no checkpoint was written yet"
+        return f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was written yet"
 
 
 HARMLESS = (
@@ -370,7 +378,7 @@ def train(accelerator: Accelerator, task: Task, o: TrainOptions, log: LogOptions
         return run_dir / "final"
     roll = Roll(accelerator)
     run = _Run(accelerator, task, o, log, run_dir, resolved)
-    with stop_requests() as asked, roll.watch(run.where):  # in this order: the launcher sends SIGTERM when one dies
+    with stop_requests() as asked, roll.watch(run.last):  # in this order: the launcher sends SIGTERM when one dies
         _loop(run, asked)
         return run.finish()
 
@@ -395,9 +403,11 @@ def _loop(run: _Run, asked: Callable[[], bool]) -> None:
             saving = step % o.checkpoint_every == 0 or stop or step == o.steps
             if step % log.every == 0 or saving:
                 meter.write(step, norm, rate)  # before a checkpoint, so that none has a loss that is no number
-            if saving:
+            better = run.look(step, meter.log)
+            if saving or better:
                 run.save(step)
-            run.look(step, meter.log, saving)
+            if better:
+                run.keep_best(step)
             if stop and step < o.steps:
                 agree.finish()
                 if run.lead:

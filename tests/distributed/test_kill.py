@@ -125,7 +125,7 @@ def test_the_others_name_the_one_that_died(engine: str, rank: int, make_runs: Ca
     rank_of(process, rank).kill()
     _, said = process.communicate(timeout=120)
     assert process.returncode != 0
-    assert f"error: rank {rank} on" in said and "start again to go on after step-" in said
+    assert f"error: rank {rank} on" in said and "; the last good checkpoint is " in said
 
 
 STANDINS = {

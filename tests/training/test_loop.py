@@ -143,6 +143,15 @@ def test_a_loss_that_is_no_number_ends_the_run_in_one_line(whole: Path, tiny_mod
     assert "the loss is" in said.strip().splitlines()[-1] and "lower train.lr" in said and "Traceback" not in said
 
 
+def test_moments_in_8_bits_go_on_bit_for_bit(whole: Path, tiny_model: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    settings = {"optimizer": "adamw_8bit", "decay_from": 1.0}
+    for name in ("bits", "bits-again"):
+        run(*config(whole, tiny_model, name, **settings, steps=3 if name == "bits" else 6))
+    run(*config(whole, tiny_model, "bits", **settings, steps=6))
+    assert losses(whole / "bits") == losses(whole / "bits-again")
+
+
 def test_learning_rate_rises_holds_and_falls() -> None:
     o = TrainOptions(steps=100, lr=1.0, warmup=10, decay_from=0.5)
     assert learning_rate(0, o) == pytest.approx(0.1) and learning_rate(9, o) == 1.0
