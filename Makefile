@@ -48,10 +48,10 @@ demo: $(STAMP)  ## train the demo model further, sample pairs, evaluate, say whe
 	@echo "  report page    runs/demo/eval/report.html"
 
 test: $(STAMP)  ## the test suite, WORKERS=2 processes
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist loadfile -q -m "not slow"
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist loadfile -q
 
 test-all: $(STAMP)  ## the test suite with the slow ones: every engine from every other, twenty kills of each
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist loadfile -q
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist loadfile -q -m "slow or not slow"
 
 check: $(STAMP)  ## lint, format, types, layers
 	$(RUN) -m ruff check .
