@@ -19,7 +19,7 @@ from medim.diffusion import Schedule
 from medim.errors import UserError
 from medim.gallery import contact_sheet
 from medim.model.adapters import fingerprint, is_adapters, read_settings
-from medim.model.lora import LoraOptions, add_lora
+from medim.model.lora import LoraOptions, add_lora, import_bitsandbytes
 from medim.model.medim import MeDiMConfig, MeDiMModel, ModelOptions, config_of
 from medim.objective import ObjectiveOptions
 from medim.pipeline import MeDiM, read_sampling, resolve, save_parts
@@ -95,6 +95,8 @@ def make_task(config: TrainConfig) -> DiffusionTask:
     Raises:
         UserError: a tokenizer, a dataset or a checkpoint is missing, or they do not belong together.
     """
+    if config.lora.rank and config.lora.bits:
+        import_bitsandbytes(config.lora.bits)  # before any work; an estimate needs none
     stored: Source | None = None
     if config.init:
         is_checkpoint = (Path(config.init) / STATE_NAME).is_file()  # a model folder whose weights are in pieces

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import time
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from medim.model.flops import Work, total
 from medim.model.lora import add_lora
 from medim.model.medim import MeDiMModel
 from medim.objective import Batch, loss, make_batch
-from medim.recipe import TrainConfig
+from medim.recipe import TrainConfig, make_task
 from medim.training.loop import make_optimizer
 from medim.training.memory import GIB, Sharing, head_bytes
 from medim.training.weights import skeleton
@@ -200,12 +201,15 @@ def test_moments_in_8_bits_take_a_quarter() -> None:
     assert small.lasting["optimizer"] == pytest.approx(0.25 * usual.lasting["optimizer"], rel=0.03)
 
 
-def test_4_bits_take_half_a_byte_for_each_adapted_weight() -> None:
+def test_4_bits_take_half_a_byte_for_each_adapted_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # whoever plans a run has not installed what it needs
     options = ["init=demo", "lora.rank=4", "lora.frozen=bf16"]
     small, usual = (estimate(config_of(*options, f"lora.bits={bits}"), Sharing()) for bits in (4, 0))
     adapted = sum(module.base_layer.weight.numel() for module in usual.model.modules() if hasattr(module, "base_layer"))
     less = usual.lasting["weights"] - small.lasting["weights"]
     assert less == pytest.approx((2 - 0.516) * adapted, rel=0.001)
+    with pytest.raises(UserError, match=r"lora\.bits=4: bitsandbytes is not installed"):
+        make_task(small.config)
 
 
 def test_the_command_prints_tables_or_json(capsys: pytest.CaptureFixture[str]) -> None:

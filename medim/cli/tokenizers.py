@@ -55,7 +55,9 @@ def train_vq(argv: Sequence[str]) -> int:
 
     config = load(args.config, args.overrides, VQRunConfig)
     command = "python tokenizers/train_vq.py " + shlex.join(argv)
-    print(f"tokenizer: {run(config, dump(config), command)}")
+    final = run(config, dump(config), command)
+    if final is not None:
+        print(f"tokenizer: {final}")
     return 0
 
 

@@ -44,7 +44,7 @@ def train(argv: Sequence[str]) -> int:
     with accelerator.main_process_first():  # one process encodes the data, the others find it there
         task = make_task(config)
     final = run_loop(accelerator, task, o, config.log, Path(config.run_dir), dump(config))
-    if accelerator.is_main_process:
+    if final is not None and accelerator.is_main_process:
         print(f"model: {final}")
     leave(accelerator)
     return 0

@@ -136,13 +136,13 @@ def add_lora(model: MeDiMModel, o: LoraOptions, seed: int = 0, base: str = "", f
     if model.lora is not None:
         raise UserError(f"the model has adapters over {model.lora.base} already; merge them first: medim merge")
     _check_targets(model, o.targets)
-    if o.bits:
-        _bitsandbytes(o.bits)
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise UserError("lora.rank: adapters need peft: pip install peft") from error
     meta = next(model.parameters()).is_meta
+    if o.bits and not meta:
+        import_bitsandbytes(o.bits)
     if meta:
         model.tie_weights()  # a skeleton has lost its ties
     expected = trained_names(model, o)
@@ -220,7 +220,7 @@ def quantise(module: nn.Module, bits: int) -> None:
     """
     if not bits:
         return
-    nn_of = _bitsandbytes(bits)
+    nn_of = import_bitsandbytes(bits)
     for layer in list(module.modules()):
         base = getattr(layer, "base_layer", None)
         if not isinstance(base, nn.Linear) or hasattr(base.weight, "quant_state") or hasattr(base.weight, "CB"):
@@ -241,7 +241,12 @@ def quantise(module: nn.Module, bits: int) -> None:
         layer.base_layer = small.to(device)
 
 
-def _bitsandbytes(bits: int) -> Any:
+def import_bitsandbytes(bits: int) -> Any:
+    """The layers of bitsandbytes.
+
+    Raises:
+        UserError: it is not installed; names the setting that needs it.
+    """
     try:
         import bitsandbytes
     except ImportError as error:

@@ -359,8 +359,12 @@ def _harmless(key: str, found: Checkpoint, o: TrainOptions) -> bool:
     return any(name == free or name.startswith(f"{free}.") for free in HARMLESS)
 
 
-def train(accelerator: Accelerator, task: Task, o: TrainOptions, log: LogOptions, run_dir: Path, resolved: str) -> Path:
-    """Train, or go on where the last complete checkpoint of `run_dir` ends; returns the final model folder.
+def train(
+    accelerator: Accelerator, task: Task, o: TrainOptions, log: LogOptions, run_dir: Path, resolved: str
+) -> Path | None:
+    """Train, or go on where the last complete checkpoint of `run_dir` ends.
+
+    Returns the final model folder; None if the run was asked to stop before, and saved.
 
     Args:
         accelerator: of `medim.training.engine.make_accelerator`.
@@ -379,11 +383,11 @@ def train(accelerator: Accelerator, task: Task, o: TrainOptions, log: LogOptions
     roll = Roll(accelerator)
     run = _Run(accelerator, task, o, log, run_dir, resolved)
     with stop_requests() as asked, roll.watch(run.last):  # in this order: the launcher sends SIGTERM when one dies
-        _loop(run, asked)
-        return run.finish()
+        return run.finish() if _loop(run, asked) else None
 
 
-def _loop(run: _Run, asked: Callable[[], bool]) -> None:
+def _loop(run: _Run, asked: Callable[[], bool]) -> bool:
+    """Make the steps that are left; False if asked to stop before the last."""
     o, engine, log = run.o, run.engine, run.log_options
     steps = _Steps(run.task, run.rank, run.world, o, run.first)
     steps.costs = run.costs
@@ -414,9 +418,10 @@ def _loop(run: _Run, asked: Callable[[], bool]) -> None:
                     print(
                         f"stopped on request; saved after step {step}, run the same command to go on", file=sys.stderr
                     )
-                raise SystemExit(0)
+                return False
             arrived = time.perf_counter()
         agree.finish()
+    return True
 
 
 def _update(run: _Run, parts: list[Batch]) -> tuple[Loss, torch.Tensor]:

@@ -35,7 +35,7 @@ from medim.errors import UserError
 from medim.tokenization.image import MANIFEST_NAME, VQConfig, VQTokenizer
 from medim.training.codebook import EMACodebook, perplexity
 from medim.training.folders import STATE_NAME, latest_checkpoint, prune, same_config, write_folder
-from medim.training.processes import any_process, multiplies_bf16, stop_requests
+from medim.training.processes import any_process, leave, multiplies_bf16, stop_requests
 from medim.training.report import Log, LogOptions
 from medim.training.state import EMA, load_optimizer_tensors, optimizer_tensors
 from medim.training.vq_data import PictureOptions, Pictures, open_pictures
@@ -400,8 +400,10 @@ class _Log(Log):
         return float(row["loss"])
 
 
-def train_vq(config: VQRunConfig, resolved: str, command: str = "") -> Path:
-    """Train, or go on where the last complete checkpoint of `run_dir` ends; returns the tokenizer's folder.
+def train_vq(config: VQRunConfig, resolved: str, command: str = "") -> Path | None:
+    """Train, or go on where the last complete checkpoint of `run_dir` ends.
+
+    Returns the tokenizer's folder; None if the run was asked to stop before, and saved.
 
     Args:
         resolved: the whole config as YAML; stored in every checkpoint and compared on resume.
@@ -431,8 +433,12 @@ def train_vq(config: VQRunConfig, resolved: str, command: str = "") -> Path:
             if step % o.checkpoint_every == 0 or stop:
                 run.save(step)
             if stop:
-                print(f"stopped on request; saved after step {step}, run the same command to go on", file=sys.stderr)
-                raise SystemExit(0)
+                if run.lead:
+                    print(
+                        f"stopped on request; saved after step {step}, run the same command to go on", file=sys.stderr
+                    )
+                leave(run.accelerator)
+                return None
         if run.first < o.steps:
             run.save(o.steps)
         held_out = run.evaluate(o.steps, o.final_images)
@@ -441,6 +447,7 @@ def train_vq(config: VQRunConfig, resolved: str, command: str = "") -> Path:
         manifest = run.manifest(o.steps) | {"held_out": held_out}
         write_folder(run_dir / "final", lambda folder: run.averaged().save_pretrained(folder, manifest))
     run.accelerator.wait_for_everyone()
+    leave(run.accelerator)
     return run_dir / "final"
 
 
