@@ -1,40 +1,37 @@
-"""The measuring itself: sample, read findings off images, parse them out of texts, compare.
+"""The measuring itself: read findings off images, parse them out of texts, compare sets, draw intervals.
 
-What is compared: findings read from an image (X-ray: the shipped finding reader; pathology: colour areas) against
-findings parsed from a text. Beside every figure stand its floor, which the same texts and images reach when they are
-paired wrongly, and its ceiling, which real studies reach: with images that went through the image tokenizer, since
-that is the best a generated image can be, but for task ``report`` with the real images that it is given.
+What is compared for coherence: findings read from an image (X-ray: the shipped finding reader; pathology: colour
+areas) against findings parsed from a text, where the data are the embedded ones, which can be read so. Beside the
+figure stand its floor, which the same texts and images reach when they are paired wrongly, and its ceiling, which real
+studies reach: with images that went through the image tokenizer, since that is the best a generated image can be, but
+for task ``report`` with the real images that it is given.
 """
 
 from __future__ import annotations
 
 import functools
-import json
-import statistics
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import PIL.Image
-from tqdm import tqdm
 
-from eval.protocol import Domain, Metric, Protocol, TaskName
+from eval.outputs import Output, makes
+from eval.protocol import Protocol, TaskName
+from eval.studies import patient_of
 from medim.data import embedded, pathology
 from medim.data.studies import Study
-from medim.gallery import save_png
-from medim.metrics import coherence, image, text
+from medim.errors import UserError
+from medim.metrics import coherence
+from medim.metrics.clinical import CLINICAL
+from medim.metrics.findings import rule_f1
 from medim.metrics.reader import FindingReader
-from medim.pipeline import ASSETS, MeDiM, Request
-from medim.vocabulary import KINDS, MODALITIES
-
-STUDY_SEED = 0  # the split stays the same whatever seed the sampling has
-TEXT_METRICS: dict[Metric, Callable[[Sequence[str], Sequence[str]], dict[str, float]]] = {
-    "bleu": text.bleu,
-    "rouge_l": lambda made, real: {"rouge_l": statistics.fmean(text.rouge_l(made, real))},
-    "distinct": lambda made, _: {f"distinct_{n}": text.distinct(made, n) for n in (1, 2)},
-}
+from medim.metrics.statistics import Sums, interval
+from medim.metrics.text import TEXT_METRICS
+from medim.pipeline import ASSETS
 
 Findings = list[dict[str, bool]]
 
@@ -49,203 +46,220 @@ def _measure_pathology(images: Sequence[PIL.Image.Image]) -> Findings:
     return [pathology.findings(pathology.measure(i if i.size == tile else i.resize(tile))) for i in images]
 
 
-READERS: dict[Domain, Callable[[Sequence[PIL.Image.Image]], Findings]] = {
+READERS: dict[str, Callable[[Sequence[PIL.Image.Image]], Findings]] = {
     "xray": lambda images: _xray_reader().read(images),
     "pathology": _measure_pathology,
 }
 
 
 @dataclass(frozen=True)
-class Bench:
-    """What every part of an evaluation needs; `studies` and `nll_studies` are after ``--limit``."""
+class Figure:
+    """A figure of a task.
 
-    model: MeDiM
-    protocol: Protocol
-    out: Path
-    studies: int
-    nll_studies: int
-    seed: int
-    batch_size: int
-    progress: tqdm[Any]
+    Attributes:
+        sums: what each output adds; None for figures of the whole set, which have no row an output.
+        n: outputs that it is over.
+        low, high: 95% bootstrap interval, patients drawn; NaN where there is none.
+        higher: whether more is better; None where neither is.
+        floor, ceiling: what wrong pairing and what real studies reach; NaN where not known.
+        about: what is shown beside it.
+    """
 
-    def say(self, what: str) -> None:
-        """Show what is being done on the progress bar."""
-        self.progress.set_description(what)
+    value: float
+    n: int
+    sums: Sums | None = None
+    low: float = math.nan
+    high: float = math.nan
+    higher: bool | None = True
+    floor: float = math.nan
+    ceiling: float = math.nan
+    about: str = ""
+
+    def plain(self) -> dict[str, Any]:
+        """For results.json, without what is not known."""
+        said = {"value": self.value, "n": self.n, "low": self.low, "high": self.high, "higher": self.higher}
+        said |= {"floor": self.floor, "ceiling": self.ceiling, "about": self.about}
+        keep = ("value", "n")
+        return {k: v for k, v in said.items() if k in keep or v not in ("", None) and not _is_nan(v)}
 
 
 @dataclass(frozen=True)
 class Real:
-    """The real studies of a domain, what they say, and what is read off their images."""
+    """The real studies of a domain, and what is read off their images.
 
-    studies: list[Study]
-    pictures: list[PIL.Image.Image]
-    files: list[str]  # relative to the output folder
-    told: Findings
-    seen: Findings
-    seen_again: Findings  # after the image tokenizer
+    Attributes:
+        pictures: as the system that is scored sees them.
+        again: after the image tokenizer; the pictures themselves where none is known.
+        files: of `pictures`, relative to the output folder, by study.
+        told, seen, seen_again: findings of reports, pictures and `again`; empty where they cannot be read.
+    """
+
+    domain: str
+    studies: Sequence[Study]
+    pictures: Sequence[PIL.Image.Image]
+    again: Sequence[PIL.Image.Image]
+    told: Findings = field(default_factory=list)
+    seen: Findings = field(default_factory=list)
+    seen_again: Findings = field(default_factory=list)
+    files: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def read(
+        cls,
+        domain: str,
+        studies: Sequence[Study],
+        pictures: Sequence[PIL.Image.Image],
+        again: Sequence[PIL.Image.Image] | None,
+        findings: bool,
+    ) -> Real:
+        """With findings where they can be read."""
+        if not findings:
+            return cls(domain, studies, pictures, again or pictures)
+        told = [embedded.PARSERS[domain](study.report) for study in studies]
+        seen = READERS[domain](pictures)
+        return cls(domain, studies, pictures, again or pictures, told, seen, READERS[domain](again) if again else seen)
 
 
-def evaluate_domain(bench: Bench, domain: Domain) -> dict[str, Any]:
-    """All figures and rows of one domain, as plain data."""
-    bench.say(f"{domain}: tokenizer")
-    real, tokenizer = _real(bench, domain)
-    tasks = {task: evaluate_task(bench, domain, task, real) for task in bench.protocol.tasks}
-    bench.say(f"{domain}: likelihood")
-    return {"studies": bench.studies, "tokenizer": tokenizer, "tasks": tasks, "nll": likelihood(bench, domain)}
+@dataclass
+class Scoring:
+    """What the figures of every task share, and what could not be measured."""
+
+    protocol: Protocol
+    seed: int = 0
+    missing: dict[str, str] = field(default_factory=dict)
+
+    def figure(self, sums: Sums | float, outputs: Sequence[Output], **known: Any) -> Figure:
+        """With its interval if it has rows."""
+        if isinstance(sums, float | int):
+            return Figure(float(sums), len(outputs), **known)
+        clusters = [patient_of(output.study) for output in outputs]
+        low, high = interval(sums, clusters, self.seed, self.protocol.bootstrap)
+        return Figure(sums.value, len(outputs), sums, low, high, **known)
+
+    def attempt(self, name: str, measure: Callable[[], dict[str, Figure]]) -> dict[str, Figure]:
+        """Its figures; none, and a note, where a package or weights are missing."""
+        if name in self.missing:
+            return {}
+        try:
+            return measure()
+        except UserError as error:
+            self.missing[name] = str(error)
+            return {}
 
 
-def _real(bench: Bench, domain: Domain) -> tuple[Real, dict[str, Any]]:
-    """The real studies, and how well the image tokenizer keeps them."""
-    joint, gray = bench.model.joint, MODALITIES[domain].gray
-    studies = [embedded.DOMAINS[domain](STUDY_SEED, i, bench.protocol.split) for i in range(bench.studies)]
-    pictures = [joint.image.prepare(s.images[0].pixels, gray) for s in studies]
-    again, files = [], []
-    (bench.out / "given" / domain).mkdir(parents=True, exist_ok=True)
-    for study, picture in zip(studies, pictures, strict=True):
-        decoded = joint.image.decode(joint.image_codes(study.images[0]), gray=gray)
-        assert isinstance(decoded, PIL.Image.Image)
-        again.append(decoded)
-        files.append(f"given/{domain}/{study.id}.png")
-        picture.convert("L" if gray else "RGB").save(bench.out / files[-1])
-    told = [embedded.PARSERS[domain](s.report) for s in studies]
-    real = Real(studies, pictures, files, told, READERS[domain](pictures), READERS[domain](again))
-    figures = {
-        "psnr": statistics.fmean(map(image.psnr, pictures, again)),
-        "ssim": statistics.fmean(map(image.ssim, pictures, again)),
-        "coherence_real": agreement(bench, real.seen, told),
-        "coherence_reconstructed": agreement(bench, real.seen_again, told),
+def score(scoring: Scoring, task: TaskName, outputs: Sequence[Output], real: Real) -> dict[str, Any]:
+    """All figures and rows of one task; under ``sums`` the rows of the figures, for paired tests."""
+    figures: dict[str, Figure] = {}
+    failures = [float(bool(output.failed)) for output in outputs]
+    figures["failed"] = scoring.figure(Sums.mean(failures), outputs, higher=False)
+    findings = _findings(scoring, task, outputs, real, figures) if real.told else None
+    if makes(task)[1]:
+        figures |= _text(scoring, task, outputs, findings[1] if findings else None, real)
+    if makes(task)[0]:
+        from eval.images import image_figures
+
+        figures |= image_figures(scoring, task, outputs, real)
+    rows = [_row(number, output, findings, figures) for number, output in enumerate(outputs)]
+    return {
+        "figures": {name: figure.plain() for name, figure in figures.items()},
+        "findings": _by_finding(findings[2:]) if findings else {},
+        "failed": int(sum(failures)),
+        "rows": rows,
+        "sums": {name: figure.sums for name, figure in figures.items() if figure.sums is not None},
     }
-    return real, figures
 
 
-def evaluate_task(bench: Bench, domain: Domain, task: TaskName, real: Real) -> dict[str, Any]:
-    """Sample a task (or take what an earlier run left), compare, keep a row a sample."""
-    bench.say(f"{domain}: {task}")
-    lines = _samples(bench, domain, task, real)
-    told = [embedded.PARSERS[domain](line["report"]) for line in lines]
-    if task == "report":
-        seen, predicted, reference, ceiling = real.seen, told, real.seen, real.seen
-    else:
-        seen = READERS[domain]([_open(bench.out / line["image"]) for line in lines])
-        predicted, reference, ceiling = seen, told, real.seen_again
-    figures = {
-        "coherence": agreement(bench, predicted, reference)
-        | {"floor": coherence.shuffled_floor(predicted, reference), "ceiling": coherence.micro(ceiling, real.told).f1},
-        "text": _text(bench, task, [line["report"] for line in lines], told, real),
-        "forward_passes": sum(line["forward_passes"] for line in lines),
-        "seconds": sum(line["seconds"] for line in lines),
+def _row(number: int, output: Output, findings: tuple[Findings, ...] | None, figures: Mapping[str, Figure]) -> dict:
+    row: dict[str, Any] = {
+        "id": output.id,
+        "study": output.study.id,
+        "patient": patient_of(output.study),
+        "seed": output.seed,
+        "number": number,
+        "image": str(output.image) if output.image else None,
+        "report": output.report,
+        "real_report": output.study.report,
+        "failed": output.failed,
+        **output.stats,
     }
-    rows = [
-        line
-        | {"study": study.id, "real_report": study.report}
-        | {"seen": [n for n, yes in s.items() if yes], "told": [n for n, yes in t.items() if yes]}
-        for line, study, s, t in zip(lines, real.studies, seen, told, strict=True)
-    ]
-    return figures | {"rows": rows}
+    if findings:
+        seen, told = findings[0][number], findings[1][number]
+        row |= {"seen": [n for n, yes in seen.items() if yes], "told": [n for n, yes in told.items() if yes]}
+    return row
 
 
-def agreement(bench: Bench, predicted: Findings, reference: Findings) -> dict[str, Any]:
-    """Micro and macro figures, the interval of the micro-F1, and each finding's own figures."""
-    resamples = bench.protocol.bootstrap
-    return asdict(coherence.micro(predicted, reference)) | {
-        "interval": coherence.bootstrap_interval(predicted, reference, seed=bench.seed, resamples=resamples),
-        "macro_f1": coherence.macro(predicted, reference).f1,
-        "findings": {name: asdict(score) for name, score in coherence.per_finding(predicted, reference).items()},
-    }
+# ---------------------------------------------------------------------------------------------------------- coherence
 
 
-def _text(bench: Bench, task: TaskName, reports: list[str], told: Findings, real: Real) -> dict[str, float]:
+def _findings(
+    scoring: Scoring, task: TaskName, outputs: Sequence[Output], real: Real, figures: dict[str, Figure]
+) -> tuple[Findings, Findings, Findings, Findings]:
+    """Findings seen and told of each output, then those predicted and those they are held against; adds the figure."""
+    place = {study.id: number for number, study in enumerate(real.studies)}
+    index = [place[output.study.id] for output in outputs]
+    parse, nothing = embedded.PARSERS[real.domain], dict.fromkeys(real.told[0], False)
+    told = [parse(o.report) if o.report.strip() else nothing for o in outputs] if makes(task)[1] else []
+    told = told or [real.told[i] for i in index]
+    seen = _seen(outputs, real.domain, nothing) if makes(task)[0] else [real.seen[i] for i in index]
+    predicted, reference = (told, seen) if task == "report" else (seen, told)
+    top = real.seen if task == "report" else real.seen_again
+    figures["coherence"] = scoring.figure(
+        coherence.sums(predicted, reference),
+        outputs,
+        floor=coherence.shuffled_floor(predicted, reference),
+        ceiling=coherence.micro(top, real.told).f1,
+        about="micro-F1 of findings, image against text",
+    )
+    macro = coherence.macro(predicted, reference)
+    figures["coherence_macro"] = Figure(macro.f1, len(outputs))
+    return seen, told, predicted, reference
+
+
+def _seen(outputs: Sequence[Output], domain: str, nothing: dict[str, bool]) -> Findings:
+    """Findings of generated images; none of an image that is not there."""
+    pictures = {number: picture for number, o in enumerate(outputs) if (picture := o.picture()) is not None}
+    read = dict(zip(pictures, READERS[domain](list(pictures.values())) if pictures else [], strict=True))
+    return [read.get(number, nothing) for number in range(len(outputs))]
+
+
+def _by_finding(pair: Sequence[Findings]) -> dict[str, Any]:
+    return {name: asdict(one) for name, one in coherence.per_finding(*pair).items()}
+
+
+# --------------------------------------------------------------------------------------------------------------- text
+
+
+def _text(
+    scoring: Scoring, task: TaskName, outputs: Sequence[Output], told: Findings | None, real: Real
+) -> dict[str, Figure]:
     """Metrics of generated reports; only task ``report`` has a real one to be held against."""
-    if task == "image":
-        return {}
-    references = [s.report for s in real.studies]
-    wanted: list[Metric] = [m for m in bench.protocol.metrics if task == "report" or m == "distinct"]
-    figures: dict[str, float] = {"empty": sum(not r.strip() for r in reports)}
-    for metric in wanted:
-        figures |= TEXT_METRICS[metric](reports, references)
-    if task == "report":
-        figures["findings_f1"] = coherence.micro(told, real.told).f1
+    figures: dict[str, Figure] = {}
+    for name in scoring.protocol.text:
+        figures |= scoring.attempt(name, functools.partial(_text_metric, scoring, name, task, outputs))
+    if task == "report" and told is not None:
+        place = {study.id: number for number, study in enumerate(real.studies)}
+        wanted = [real.told[place[o.study.id]] for o in outputs]
+        figures["findings_f1"] = scoring.figure(coherence.sums(told, wanted), outputs, about="report against report")
     return figures
 
 
-# ------------------------------------------------------------------------------------------------------- sampling
+def _text_metric(scoring: Scoring, name: str, task: TaskName, outputs: Sequence[Output]) -> dict[str, Figure]:
+    reports, references = [o.report for o in outputs], [o.study.report for o in outputs]
+    if name == "rule_f1":
+        found: Mapping[str, Sums | float] = rule_f1(reports, references) if task == "report" else {}
+        return {key: scoring.figure(value, outputs) for key, value in found.items()}
+    if name in CLINICAL:
+        found = CLINICAL[name].compute(reports, references) if task == "report" else {}
+        higher: bool | None = CLINICAL[name].higher_is_better
+    elif name in TEXT_METRICS:
+        metric = TEXT_METRICS[name]
+        found = metric.compute(reports, references) if task == "report" or not metric.needs_reference else {}
+        higher = metric.higher_is_better
+    else:
+        raise UserError(f"text: unknown metric {name!r}: one of {', '.join([*TEXT_METRICS, 'rule_f1', *CLINICAL])}")
+    return {key: scoring.figure(value, outputs, higher=higher) for key, value in found.items()}
 
 
-def _samples(bench: Bench, domain: Domain, task: TaskName, real: Real) -> list[dict[str, Any]]:
-    """The manifest lines of all samples, in order; makes those that are not on disk yet."""
-    folder = bench.out / "samples" / f"{domain}-{task}"
-    folder.mkdir(parents=True, exist_ok=True)
-    manifest = folder / "manifest.jsonl"
-    done = _read_manifest(manifest)
-    names = [f"{domain}-{task}-{i:05d}" for i in range(bench.studies)]
-    missing = [i for i, name in enumerate(names) if name not in done]
-    bench.progress.update(len(names) - len(missing))
-    requests = [
-        Request(
-            names[i],
-            domain,
-            (bench.seed, i),
-            image=real.pictures[i] if task == "report" else None,
-            report=real.studies[i].report if task == "image" else None,
-        )
-        for i in missing
-    ]
-    samples = bench.model.generate(task, requests, batch_size=bench.batch_size)
-    with manifest.open("a", encoding="utf-8") as file:
-        for i, sample in zip(missing, samples, strict=True):
-            picture = real.files[i]
-            if task != "report":
-                picture = f"samples/{domain}-{task}/{sample.id}.png"
-                save_png(sample.image, bench.out / picture)
-            line = {
-                "id": sample.id,
-                "task": task,
-                "domain": domain,
-                "seed": bench.seed,
-                "given": sample.given,
-                "image": picture,
-                "report": sample.report,
-                **sample.stats,
-                "model": bench.model.name,
-                "synthetic": True,
-            }
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            file.flush()
-            done[sample.id] = line
-            bench.progress.update()
-    return [done[name] for name in names]
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and math.isnan(value)
 
-
-def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
-    """Lines by id. Only a last line can be torn, by a kill: it is cut off, so that the next one stands alone."""
-    if not path.is_file():
-        return {}
-    whole = path.read_bytes()
-    kept = whole[: whole.rfind(b"\n") + 1]
-    if kept != whole:
-        path.write_bytes(kept)
-    lines = [json.loads(line) for line in kept.decode().splitlines()]
-    return {line["id"]: line for line in lines}
-
-
-def _open(path: Path) -> PIL.Image.Image:
-    with PIL.Image.open(path) as picture:
-        picture.load()
-    return picture
-
-
-# ------------------------------------------------------------------------------------------------------ likelihood
-
-
-def likelihood(bench: Bench, domain: Domain) -> dict[str, Any]:
-    """Bits per token of validation studies, report and image together: mean and standard error over studies."""
-    studies = [embedded.DOMAINS[domain](STUDY_SEED, i, "validation") for i in range(bench.nll_studies)]
-    started = time.perf_counter()
-    n_times, refresh = bench.protocol.likelihood.n_times, lambda done: bench.progress.refresh()
-    scores = bench.model.nll(studies, n_times=n_times, seed=bench.seed, progress=refresh) if studies else []
-    figures: dict[str, Any] = {"studies": len(studies), "seconds": time.perf_counter() - started}
-    for kind in KINDS if scores else ():
-        bits = [score.bits_per_token(kind) for score in scores]
-        error = statistics.stdev(bits) / len(bits) ** 0.5 if len(bits) > 1 else float("nan")
-        figures[kind] = {"bits_per_token": statistics.fmean(bits), "standard_error": error}
-    return figures

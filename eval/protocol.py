@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from medim.config import options
+from medim.data.reports import ReportOptions
 
-Domain = Literal["xray", "pathology"]
-TaskName = Literal["pair", "report", "image"]
-Metric = Literal["bleu", "rouge_l", "distinct"]
+TaskName = Literal["pair", "report", "image", "translate"]
+Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
+
+
+@options
+class DataOptions:
+    """Where the real studies come from.
+
+    Attributes:
+        source: a reader of `medim prepare`: demo, mimic-cxr, pathgen, folder, manifest, ...
+        root: what it reads; on the command line: data.root=DIR.
+        options: of the reader, as `medim prepare SOURCE --help` has them.
+        reports: how real reports are prepared.
+    """
+
+    source: str = "demo"
+    root: str = ""
+    options: dict[str, Any] | None = None
+    reports: ReportOptions = ReportOptions()
 
 
 @options
@@ -23,21 +40,73 @@ class Likelihood:
 
 
 @options
+class Rank:
+    """How often the model's own likelihood finds the study's report among others; `studies: 0` leaves it out."""
+
+    studies: Count = 0  # a domain
+    candidates: Annotated[int, Field(ge=2)] = 4  # the right one among them
+    n_times: Annotated[int, Field(ge=1)] = 8
+
+
+@options
+class Memorisation:
+    """How near generated images come to training images; `studies: 0` leaves it out."""
+
+    studies: Count = 0  # training images a domain
+    extractor: str = "vq"
+    quantile: Annotated[float, Field(gt=0, lt=1)] = 0.01  # of held-out distances: below it, an image counts as a copy
+
+
+@options
+class Published:
+    """What another system is said to reach, shown beside ours.
+
+    Attributes:
+        figures: by the names of results.json where the metric is the same, else by the paper's own.
+        source: paper and table.
+    """
+
+    system: str
+    figures: dict[str, float]
+    source: str
+    n: int | None = None
+    note: str = ""
+
+
+@options
 class Protocol:
-    """Coherence is always measured; `metrics` names what is measured on the text besides.
+    """One benchmark.
 
     Attributes:
         split: which studies give the images and reports to start from.
-        studies: studies a domain, and so samples a domain and task.
-        seed: of sampling, of likelihoods and of the bootstrap; the studies are those of seed 0 whatever it is.
+        studies: studies a domain, and so samples a domain, task and seed; 0 takes all of the split.
+        translate: task `translate`: the view of the given image and of the wanted one.
+        text: metrics of reports, names of `medim.metrics.text.TEXT_METRICS`, rule_f1, or those of
+            `medim.metrics.clinical`.
+        image: metrics of sets of images: fid, kid, prdc, ms_ssim, inception_score.
+        extractors: whose features they compare.
+        encoder: an image-text model of HuggingFace for retrieval, a name or a folder; empty leaves it out.
+        judge: a local vision-language model that rates pairs; empty leaves it out.
+        sampling: a file as those of configs/sample/; empty: as the model recommends.
+        seeds: of sampling; figures pool them.
         bootstrap: resamples of the intervals.
     """
 
-    domains: tuple[Domain, ...] = ("xray", "pathology")
-    split: Literal["test", "validation"] = "test"
-    studies: Annotated[int, Field(ge=1, le=10_000)] = 48
+    data: DataOptions = DataOptions()
+    domains: tuple[str, ...] = ("xray", "pathology")
+    split: Literal["train", "test", "validation"] = "test"
+    studies: Annotated[int, Field(ge=0, le=1_000_000)] = 48
     tasks: tuple[TaskName, ...] = ("pair", "report", "image")
-    metrics: tuple[Metric, ...] = ("bleu", "rouge_l", "distinct")
+    translate: tuple[str, str] = ("", "")
+    text: tuple[str, ...] = ("bleu", "rouge_l", "distinct", "repetition", "length_ratio", "invented_prior")
+    image: tuple[str, ...] = ("fid", "kid", "prdc", "ms_ssim")
+    extractors: tuple[str, ...] = ("vq",)
+    encoder: str = ""
+    judge: str = ""
+    sampling: str = ""
     likelihood: Likelihood = Likelihood()
-    seed: Annotated[int, Field(ge=0)] = 0
+    rank: Rank = Rank()
+    memorisation: Memorisation = Memorisation()
+    seeds: tuple[Count, ...] = (0,)
     bootstrap: Positive = 1000
+    published: tuple[Published, ...] = ()

@@ -1,7 +1,8 @@
-"""Evaluate a model by a protocol: DIR/results.json, and DIR/report.html to look at.
+"""Evaluate a model, or anybody's outputs, by a protocol: DIR/results.json, and DIR/report.html to look at.
 
 python -m eval.run eval/demo.yaml --model runs/demo/final --out runs/demo/eval
 python -m eval.run eval/demo.yaml --model demo --out out/eval --limit 4            # small, a CPU, half a minute
+python -m eval.run eval/pathgen_report.yaml data.root=ROOT --predictions DIR --out out/theirs
 """
 
 from __future__ import annotations
@@ -10,10 +11,14 @@ import argparse
 import hashlib
 import json
 import math
+import os
+import subprocess
+import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
-from importlib.metadata import version
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +28,19 @@ from medim.cli import run
 from medim.config import load
 from medim.errors import UserError
 
-HELP = """Evaluate a model by a protocol.
+HELP = """Evaluate a model, or the outputs of any system, by a protocol.
 
   python -m eval.run eval/demo.yaml --model runs/demo/final --out runs/demo/eval
   python -m eval.run eval/demo.yaml --model demo --out out/eval --limit 4      # a small run
-  python -m eval.run eval/demo.yaml --model demo --out out/eval-1 --seed 1     # other random numbers, same studies
+  python -m eval.run eval/mimic_cxr_report.yaml data.root=/data/mimic-cxr-jpg --model M --out DIR --processes 8
+  python -m eval.run eval/pathgen_report.yaml data.root=/data/pathgen --predictions THEIRS --out DIR
 
-Measures whether the images and the reports speak of the same findings, how the reports compare with real ones, how
-well the image tokenizer keeps a picture, and how many bits the model needs for a token. Writes to DIR:
+Any setting of the protocol can be changed: a.b=c. THEIRS is a folder of image_KEY.png and text_KEY.txt, KEY being the
+study or its number in the protocol's order from 0, or a manifest.jsonl as sample.py writes it. Missing, empty and
+broken outputs are counted and score zero. Writes to DIR:
   report.html    the figures and samples, to look at: one file, open it in any browser
-  results.json   the same figures and a row a sample
+  results.json   the same figures, with intervals, and a row an output
+  scores.npz     what each output adds to each figure: python -m eval.compare DIR OTHER
   samples/       the generated images and a manifest.jsonl for each task
 A run that was stopped goes on where it was when the same command is given again."""
 IDENTITY = "run.json"
@@ -52,80 +60,107 @@ def _main(argv: Sequence[str]) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("protocol", help="a YAML file such as eval/demo.yaml")
-    parser.add_argument("--model", required=True, help="a model folder, or `demo` for the shipped one")
-    parser.add_argument("--out", required=True, help="folder of the results: new, empty, or of the same evaluation")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that replace the protocol's")
+    who = parser.add_mutually_exclusive_group(required=True)
+    who.add_argument("--model", help="a model folder, or `demo` for the shipped one")
+    who.add_argument("--predictions", type=Path, metavar="DIR", help="outputs of any system")
+    parser.add_argument("--out", help="folder of the results, new or of the same evaluation (runs/eval/PROTOCOL-NAME)")
     parser.add_argument("--limit", type=int, help="at most so many studies a domain: a quick look")
     parser.add_argument("--seed", type=int, help="of the samples (default: the protocol's)")
+    parser.add_argument("--processes", type=int, default=1, help="that sample side by side, on a GPU each (1)")
     parser.add_argument("--batch-size", type=int, default=16, help="changes the speed, not the samples (16)")
     if not argv:
         parser.print_help()
         return 0
-    args = parser.parse_args(argv)
-    for name, least in (("limit", 1), ("seed", 0), ("batch_size", 1)):
+    args = parser.parse_intermixed_args(argv)
+    for name, least in (("limit", 1), ("seed", 0), ("batch_size", 1), ("processes", 1)):
         value = getattr(args, name)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} {value}: give {least} or more")
-    protocol = load(args.protocol, [], Protocol)
-    evaluate(protocol, args)
+    protocol = load(args.protocol, args.overrides, Protocol)
+    if args.seed is not None:
+        protocol = replace(protocol, seeds=(args.seed,))
+    if not protocol.seeds:
+        raise UserError("seeds: give one at least")
+    args.out = Path(args.out or _default_out(args))
+    with _others(argv, args.processes) as args.check:
+        evaluate(protocol, args)
     return 0
+
+
+def _default_out(args: argparse.Namespace) -> str:
+    name = (args.model or str(args.predictions)).rstrip("/").replace("/", "-")
+    return f"runs/eval/{Path(args.protocol).stem}-{name}"
+
+
+@contextmanager
+def _others(argv: Sequence[str], processes: int) -> Iterator[Callable[[], None]]:
+    """The other processes of ``--processes``: this very command, told their ranks as a launcher would tell them.
+
+    Gives what raises once one of them has failed.
+    """
+    if processes == 1 or "RANK" in os.environ:
+        yield lambda: None
+        return
+    command = [sys.executable, "-m", "eval.run", *argv]
+    started = []
+    for rank in range(1, processes):
+        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+        started.append(subprocess.Popen(command, env={**os.environ, **ranks}, stdout=subprocess.DEVNULL))
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(processes)}
+
+    def check() -> None:
+        for rank, process in enumerate(started, start=1):
+            if process.poll():
+                raise UserError(f"process {rank} of {processes} failed; the same command goes on from what is there")
+
+    try:
+        yield check
+    finally:
+        for process in started:
+            process.terminate()
+            process.wait()
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+            del os.environ[name]
 
 
 def evaluate(protocol: Protocol, args: argparse.Namespace) -> None:
     """Everything after the arguments are known to be right."""
     started = time.perf_counter()
     try:
-        import torch
-        from tqdm import tqdm
-        from transformers.utils import logging
-
-        from eval import measure, page
-        from medim.pipeline import MeDiM, resolve
+        from eval import bench, page
     except ModuleNotFoundError as error:
         raise UserError(f'{error.name} is not installed; python -m pip install -e ".[eval]"') from error
-    logging.disable_progress_bar()
-    seed = protocol.seed if args.seed is None else args.seed
-    weights = fingerprint(resolve(args.model))
-    identity = {
-        "protocol": _plain(asdict(protocol)),
-        "model_sha256": weights,
-        "seed": seed,
-        "limit": args.limit,
-        "medim": medim.__version__,
-    }
-    out = claim(Path(args.out), identity)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = MeDiM.from_pretrained(args.model, device)
-    unknown = [d for d in protocol.domains if d not in model.domains]
-    if unknown:
-        known = ", ".join(model.domains)
-        raise UserError(f"{args.protocol}: {args.model} was not trained on {unknown[0]}; it knows {known}")
-
-    studies, nll_studies = (min(n, args.limit or n) for n in (protocol.studies, protocol.likelihood.studies))
-    total = studies * len(protocol.domains) * len(protocol.tasks)
-    with tqdm(total=total, unit="sample", mininterval=0.5) as progress:
-        bench = measure.Bench(model, protocol, out, studies, nll_studies, seed, args.batch_size, progress)
-        domains = {domain: measure.evaluate_domain(bench, domain) for domain in protocol.domains}
-    results: dict[str, Any] = {
-        "model": args.model,
+    made = bench.evaluate(protocol, args, claim)
+    if made is None:  # another process scores
+        return
+    results, sums = made
+    results = {
+        "model": args.model or str(args.predictions),
         "protocol_file": args.protocol,
-        **identity,
-        "device": device,
-        "versions": {name: version(name) for name in PACKAGES} | {"medim": medim.__version__},
-        "samples": total,
-        "forward_passes": sum(t["forward_passes"] for d in domains.values() for t in d["tasks"].values()),
-        "sampling_seconds": sum(t["seconds"] for d in domains.values() for t in d["tasks"].values()),
+        **results,
+        "versions": {name: found for name in PACKAGES if (found := _version(name))} | {"medim": medim.__version__},
         "seconds": time.perf_counter() - started,
-        "domains": domains,
     }
     plain = _plain(results)
-    _write(out / "results.json", json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    _write(out / "report.html", page.render(plain, out))
+    bench.save_sums(args.out / "scores.npz", sums)
+    write(args.out / "results.json", json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write(args.out / "report.html", page.render(plain, args.out))
     print(table(plain))
-    print(f"\nresults: {out / 'results.json'}\nreport:  {out / 'report.html'}")
+    for name, why in plain["not_measured"].items():
+        print(f"not measured: {name}: {why}", file=sys.stderr)
+    print(f"\nresults: {args.out / 'results.json'}\nreport:  {args.out / 'report.html'}")
 
 
-def claim(out: Path, identity: dict[str, Any]) -> Path:
-    """The output folder, made if need be and marked with `identity`.
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ""
+
+
+def claim(out: Path, identity: dict[str, Any]) -> None:
+    """Make the output folder if need be and mark it with `identity`.
 
     Raises:
         UserError: it cannot be made, or holds something else than this very evaluation.
@@ -135,17 +170,21 @@ def claim(out: Path, identity: dict[str, Any]) -> Path:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out}: cannot be made ({error.strerror}); give another --out") from error
+    identity = json.loads(json.dumps(identity, default=str))
     if not any(out.iterdir()):
-        _write(mark, json.dumps(identity, indent=1) + "\n")
-        return out
-    if not mark.is_file():
+        write(mark, json.dumps(identity, indent=1) + "\n")
+        return
+    for _ in range(20):  # the process that came first may be about to write it
+        if mark.is_file():
+            break
+        time.sleep(0.1)
+    else:
         raise UserError(f"{out}: holds other files already; give another --out (nothing was overwritten)")
     earlier = json.loads(mark.read_text(encoding="utf-8"))
     differing = [key for key in identity if earlier.get(key) != identity[key]]
     if differing:
         what = ", ".join(differing)
         raise UserError(f"{out}: holds an evaluation with another {what}; give another --out or remove it")
-    return out
 
 
 def fingerprint(folder: Path) -> str:
@@ -159,27 +198,32 @@ def fingerprint(folder: Path) -> str:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The main figures as text: coherence by domain and task, and a line a domain on tokenizer and likelihood."""
-    lines = [f"{'domain':<11}{'task':<8}{'F1':>6}  {'95% interval':<16}{'floor':>6}{'ceiling':>9}"]
-    for domain, figures in results["domains"].items():
-        for task, found in figures["tasks"].items():
-            c = found["coherence"]
-            interval = f"[{_figure(c['interval'][0])}, {_figure(c['interval'][1])}]"
-            lines.append(
-                f"{domain:<11}{task:<8}{_figure(c['f1']):>6}  {interval:<16}"
-                f"{_figure(c['floor']):>6}{_figure(c['ceiling']):>9}"
-            )
-    for domain, figures in results["domains"].items():
-        tokenizer, nll = figures["tokenizer"], figures["nll"]
+    """The figures as text: a line each, with interval, floor and ceiling, and what others are said to reach."""
+    lines = [f"{'domain':<11}{'task':<10}{'figure':<34}{'value':>9}  {'95% interval':<18}{'floor':>7}{'ceiling':>9}"]
+    for domain, found in results["domains"].items():
+        for task, one in found["tasks"].items():
+            for name, figure in one["figures"].items():
+                low, high = figure.get("low"), figure.get("high")
+                interval = f"[{_figure(low)}, {_figure(high)}]" if low is not None else ""
+                lines.append(
+                    f"{domain:<11}{task:<10}{name:<34}{_figure(figure['value']):>9}  {interval:<18}"
+                    f"{_figure(figure.get('floor')):>7}{_figure(figure.get('ceiling')):>9}"
+                )
+    for domain, found in results["domains"].items():
+        said = []
+        if tokenizer := found.get("tokenizer"):
+            said.append(f"tokenizer {_figure(tokenizer['psnr'], 1)} dB, SSIM {_figure(tokenizer['ssim'])}")
         bits = [
-            f"{kind} {_figure(nll[kind]['bits_per_token'])} ± {_figure(nll[kind]['standard_error'])}"
-            for kind in ("text", "image")
-            if kind in nll
+            f"{kind} {_figure(one['bits_per_token'])} ± {_figure(one['standard_error'])}"
+            for kind, one in found.get("nll", {}).items()
+            if isinstance(one, dict)
         ]
-        lines.append(
-            f"{domain}: tokenizer {_figure(tokenizer['psnr'], 1)} dB, SSIM {_figure(tokenizer['ssim'])}"
-            + (f"; bits per token: {', '.join(bits)}" if bits else "")
-        )
+        said += [f"bits per token: {', '.join(bits)}"] if bits else []
+        if said:
+            lines.append(f"{domain}: {'; '.join(said)}")
+    for one in results["protocol"]["published"]:
+        figures = ", ".join(f"{name} {value:g}" for name, value in one["figures"].items())
+        lines.append(f"published: {one['system']}: {figures} ({one['source']})")
     return "\n".join(lines)
 
 
@@ -196,7 +240,7 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _write(path: Path, text: str) -> None:
+def write(path: Path, text: str) -> None:
     """Whole or not at all."""
     aside = path.with_name(path.name + ".partial")
     aside.write_text(text, encoding="utf-8")

@@ -13,6 +13,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 
+from medim.metrics.statistics import Sums, interval
+
 Findings = Sequence[Mapping[str, bool]]
 
 
@@ -54,6 +56,12 @@ def macro(predicted: Findings, reference: Findings) -> Score:
     return Score(precision, recall, f1, support=sum(s.support for s in scores))
 
 
+def sums(predicted: Findings, reference: Findings) -> Sums:
+    """True positives, inventions and misses of each study: `micro`'s F1 with an interval of its own."""
+    counts = _counts(*_matrices(predicted, reference))
+    return Sums(np.stack([c.sum(1) for c in counts], axis=1).astype(float), "f1")
+
+
 def shuffled_floor(predicted: Findings, reference: Findings) -> float:
     """Micro-F1 that chance pairing reaches: the mean over all N - 1 cyclic shifts of one list against the other.
 
@@ -68,14 +76,7 @@ def bootstrap_interval(
     predicted: Findings, reference: Findings, *, seed: int = 0, resamples: int = 1000, level: float = 0.95
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of the micro-F1 (Efron 1979), studies drawn with replacement."""
-    guess, truth = _matrices(predicted, reference)
-    counts = np.stack([c.sum(1) for c in _counts(guess, truth)], axis=1)  # [N, 3]
-    drawn = np.random.default_rng(seed).integers(len(truth), size=(resamples, len(truth)))
-    f1 = _f1(counts[drawn].sum(1))
-    if np.isnan(f1).all():
-        return float("nan"), float("nan")
-    low, high = np.nanquantile(f1, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    return interval(sums(predicted, reference), range(len(reference)), seed, resamples, level)
 
 
 def _matrices(predicted: Findings, reference: Findings) -> tuple[Bool[ndarray, "N F"], Bool[ndarray, "N F"]]:
