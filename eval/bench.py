@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
@@ -30,6 +31,7 @@ from medim.pipeline import MeDiM, resolve
 from medim.tokenization.image import prepare_image
 from medim.vocabulary import KINDS, MODALITIES
 
+SCORING = ("studies", "text", "image", "extractors", "encoder", "judge", "bootstrap", "published", "memorisation")
 SIDE = 256  # of real pictures where no generated one says how large
 
 
@@ -101,9 +103,8 @@ def evaluate(
     model = MeDiM.from_pretrained(args.model, _device()) if args.model else None
     _check(protocol, args, model)
     studies = read_studies(protocol, protocol.split, min(filter(None, (protocol.studies, args.limit)), default=0))
-    scoring_only = ("text", "image", "extractors", "encoder", "judge", "bootstrap", "published", "memorisation", "studies")
     identity = {
-        "protocol": {name: value for name, value in asdict(protocol).items() if name not in scoring_only},
+        "protocol": {name: value for name, value in asdict(protocol).items() if name not in SCORING},
         "model_sha256" if args.model else "predictions": weights or str(args.predictions),
     }
     claim(args.out, identity)
@@ -122,7 +123,8 @@ def evaluate(
             if rank:
                 return None
         scoring = Scoring(protocol, protocol.seeds[0])
-        domains, sums = {}, {}
+        domains: dict[str, Any] = {}
+        sums: dict[str, Sums] = {}
         for domain, some in studies.items():
             domains[domain], rows = _domain(bench, scoring, domain, some, args.limit)
             sums |= rows
@@ -179,7 +181,8 @@ def _domain(
             bench.progress.update(len(studies))
     bench.say(f"{domain}: real studies")
     real, tokenizer = _real(bench, domain, studies, [one for some in outputs.values() for one in some])
-    tasks, sums = {}, {}
+    tasks: dict[str, Any] = {}
+    sums: dict[str, Sums] = {}
     for task, some in outputs.items():
         bench.say(f"{domain}: scoring {task}")
         found = score(scoring, task, some, real)
@@ -192,16 +195,16 @@ def _domain(
         tasks[task] = found | cost
     nll, more = _likelihood_figures(likelihood(bench, domain, limit)) if bench.model else ({}, {})
     sums |= {f"{domain}/likelihood/{name}": one for name, one in more.items()}
-    found = {"studies": len(studies), "tokenizer": tokenizer, "tasks": tasks, "nll": nll}
+    figures: dict[str, Any] = {"studies": len(studies), "tokenizer": tokenizer, "tasks": tasks, "nll": nll}
     if bench.model and bench.protocol.rank.studies:
         bench.say(f"{domain}: ranking")
-        found["rank"] = rank_accuracy(bench, domain, studies, limit)
+        figures["rank"] = rank_accuracy(bench, domain, studies, limit)
     if bench.protocol.memorisation.studies:
         from eval.images import memorised
 
         bench.say(f"{domain}: training neighbours")
-        found["memorisation"] = scoring.attempt("memorisation", lambda: memorised(bench, scoring, domain, outputs))
-    return found, sums
+        figures["memorisation"] = scoring.attempt("memorisation", lambda: memorised(bench, scoring, domain, outputs))
+    return figures, sums
 
 
 def _relative(path: str, out: Path) -> str:
@@ -223,18 +226,20 @@ def _real(
         name = f"{key_of({'study': study.id, 'side': 0 if bench.model else side})}.png"
         pixels = study.images[min(wanted, len(study.images) - 1)].pixels
         if not (folders[0] / name).is_file():
-            picture = bench.model.joint.image.prepare(pixels, gray) if bench.model else prepare_image(pixels, side, gray)
+            prepare = bench.model.joint.image.prepare if bench.model else partial(prepare_image, resolution=side)
+            picture = prepare(pixels, gray=gray)
             picture.convert("L" if gray else "RGB").save(folders[0] / name)
         if bench.model and not (folders[1] / name).is_file():
             codes = bench.model.joint.image.encode(bench.model.joint.image.prepare(folders[0] / name, gray), gray)
-            again = bench.model.joint.image.decode(codes, gray=gray)
-            assert isinstance(again, PIL.Image.Image)
-            again.save(folders[1] / name)
+            decoded = bench.model.joint.image.decode(codes, gray=gray)
+            assert isinstance(decoded, PIL.Image.Image)
+            decoded.save(folders[1] / name)
         files[0].append(folders[0] / name)
         files[1].append(folders[1] / name)
     pictures, again = Stored(files[0]), Stored(files[1]) if bench.model else None
     real = Real.read(domain, studies, pictures, again, bench.protocol.data.source == "demo")
-    real.files.update({study.id: _relative(str(path), bench.out) for study, path in zip(studies, files[0], strict=True)})
+    relative = [_relative(str(path), bench.out) for path in files[0]]
+    real.files.update(zip((study.id for study in studies), relative, strict=True))
     tokenizer = {}
     if again is not None:
         tokenizer = {
@@ -257,8 +262,10 @@ def likelihood(bench: Bench, domain: str, limit: int | None) -> list[dict[str, A
         return []
     assert bench.model is not None
     ledger = Ledger(bench.out / "likelihood" / domain, bench.rank)
-    (one,) = read_studies(replace(bench.protocol, domains=(domain,)), "validation", min(o.studies, limit or o.studies)).values()
-    same = {"model": bench.weights, "n_times": o.n_times, "seed": bench.protocol.seeds[0]}
+    this = replace(bench.protocol, domains=(domain,))
+    (one,) = read_studies(this, "validation", min(o.studies, limit or o.studies)).values()
+    how = {"n_times": o.n_times, "seed": bench.protocol.seeds[0]}
+    same = {"model": bench.weights, **how}
     keys = {key_of(same | {"study": study.id}): study for study in one}
     done = ledger.lines()
     missing = {k: study for k, study in list(keys.items())[bench.rank :: bench.world] if k not in done}
@@ -266,11 +273,13 @@ def likelihood(bench: Bench, domain: str, limit: int | None) -> list[dict[str, A
     for first in range(0, len(missing), bench.batch_size):
         part = list(missing.items())[first : first + bench.batch_size]
         started = time.perf_counter()
-        scores = bench.model.nll([s for _, s in part], n_times=o.n_times, seed=same["seed"], batch_size=bench.batch_size)
+        scores = bench.model.nll(
+            [study for _, study in part], n_times=o.n_times, seed=how["seed"], batch_size=bench.batch_size
+        )
         seconds = (time.perf_counter() - started) / len(part)
         for (key, study), found in zip(part, scores, strict=True):
-            line = {"key": key, "study": study.id, "patient": study.patient_id, "bits": found.bits, "total": found.total}
-            ledger.add(line | {"tokens": found.tokens, "seconds": seconds})
+            line = {"key": key, "study": study.id, "patient": study.patient_id, "tokens": found.tokens}
+            ledger.add(line | {"bits": found.bits, "total": found.total, "seconds": seconds})
     if bench.rank:
         return []
     lines = ledger.wait(keys, bench.check)

@@ -13,10 +13,8 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import PIL.Image
 
 from eval.outputs import Output, makes
@@ -26,11 +24,8 @@ from medim.data import embedded, pathology
 from medim.data.studies import Study
 from medim.errors import UserError
 from medim.metrics import coherence
-from medim.metrics.clinical import CLINICAL
-from medim.metrics.findings import rule_f1
 from medim.metrics.reader import FindingReader
 from medim.metrics.statistics import Sums, interval
-from medim.metrics.text import TEXT_METRICS
 from medim.pipeline import ASSETS
 
 Findings = list[dict[str, bool]]
@@ -77,10 +72,16 @@ class Figure:
 
     def plain(self) -> dict[str, Any]:
         """For results.json, without what is not known."""
-        said = {"value": self.value, "n": self.n, "low": self.low, "high": self.high, "higher": self.higher}
+        said: dict[str, Any] = {
+            "value": self.value,
+            "n": self.n,
+            "low": self.low,
+            "high": self.high,
+            "higher": self.higher,
+        }
         said |= {"floor": self.floor, "ceiling": self.ceiling, "about": self.about}
         keep = ("value", "n")
-        return {k: v for k, v in said.items() if k in keep or v not in ("", None) and not _is_nan(v)}
+        return {k: v for k, v in said.items() if k in keep or (v not in ("", None) and not _is_nan(v))}
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def score(scoring: Scoring, task: TaskName, outputs: Sequence[Output], real: Rea
     findings = _findings(scoring, task, outputs, real, figures) if real.told else None
     if makes(task)[1]:
         figures |= _text(scoring, task, outputs, findings[1] if findings else None, real)
-    if makes(task)[0]:
+    if makes(task)[0] and (scoring.protocol.image or task == "translate"):
         from eval.images import image_figures
 
         figures |= image_figures(scoring, task, outputs, real)
@@ -244,6 +245,10 @@ def _text(
 
 
 def _text_metric(scoring: Scoring, name: str, task: TaskName, outputs: Sequence[Output]) -> dict[str, Figure]:
+    from medim.metrics.clinical import CLINICAL
+    from medim.metrics.findings import rule_f1
+    from medim.metrics.text import TEXT_METRICS
+
     reports, references = [o.report for o in outputs], [o.study.report for o in outputs]
     if name == "rule_f1":
         found: Mapping[str, Sums | float] = rule_f1(reports, references) if task == "report" else {}
@@ -262,4 +267,3 @@ def _text_metric(scoring: Scoring, name: str, task: TaskName, outputs: Sequence[
 
 def _is_nan(value: Any) -> bool:
     return isinstance(value, float) and math.isnan(value)
-

@@ -25,6 +25,7 @@ from medim.vocabulary import MODALITIES
 
 PICTURES = (".png", ".jpg", ".jpeg")
 NUMBERED = re.compile(r"(image|text)_(.+)")
+STATS = ("forward_passes", "seconds", "plan", "guidance")
 POLL = 0.5  # seconds between two looks at what other processes have written
 
 
@@ -133,7 +134,7 @@ class Sampler:
             line = lines[key]
             image = ledger.folder / line["image"] if line["image"] else None
             report = line["report"] if makes(task)[1] else ""
-            stats = {key: line[key] for key in ("forward_passes", "seconds", "plan", "guidance") if key in line}
+            stats = {name: value for name, value in line.items() if name in STATS}
             failed = "" if report.strip() or not makes(task)[1] else "empty report"
             outputs.append(Output(name, study, stream[0], image, report, failed, stats))
         return outputs
@@ -224,8 +225,8 @@ def read_predictions(folder: Path, domain: str, task: TaskName, studies: Sequenc
     seeds = sorted({seed for _, seed in listed}) or [0]
     if not listed:
         raise UserError(
-            f"--predictions {place}: nothing there belongs to the {len(studies)} {domain} studies: give manifest.jsonl, "
-            f"or image_KEY.png and text_KEY.txt, KEY being the study ({studies[0].id}) or its number (0)"
+            f"--predictions {place}: nothing there belongs to the {len(studies)} {domain} studies: give "
+            f"manifest.jsonl, or image_KEY.png and text_KEY.txt, KEY being a study ({studies[0].id}) or its number"
         )
     outputs = []
     for seed in seeds:
