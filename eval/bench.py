@@ -21,7 +21,7 @@ from tqdm import tqdm
 from eval.measure import Real, Scoring, score
 from eval.outputs import Ledger, Output, Sampler, key_of, read_predictions
 from eval.protocol import Protocol, TaskName
-from eval.studies import read_studies
+from eval.studies import clusters_of, patient_of, read_studies
 from medim.cli.common import quiet
 from medim.data.studies import Study
 from medim.errors import UserError
@@ -99,6 +99,8 @@ def evaluate(
 
     quiet()
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    if world > 1 and not torch.cuda.is_available():
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))  # else they stall each other
     weights = fingerprint(resolve(args.model)) if args.model else ""
     model = MeDiM.from_pretrained(args.model, _device()) if args.model else None
     _check(protocol, args, model)
@@ -134,6 +136,7 @@ def evaluate(
         "seeds": protocol.seeds,
         "limit": args.limit,
         "device": _device(),
+        "interval_over": {domain: _drawn(some) for domain, some in studies.items()},
         "model_sha256": weights,
         "samples": samples,
         "forward_passes": sum(t["forward_passes"] for d in domains.values() for t in d["tasks"].values()),
@@ -142,6 +145,11 @@ def evaluate(
         "domains": domains,
     }
     return results, sums
+
+
+def _drawn(studies: Sequence[Study]) -> str:
+    count, clusters = len({patient_of(study) for study in studies}), len(set(clusters_of(studies)))
+    return f"{count} patients" if clusters == count else f"{clusters} studies (of {count} patients only)"
 
 
 def _device() -> str:
@@ -273,9 +281,8 @@ def likelihood(bench: Bench, domain: str, limit: int | None) -> list[dict[str, A
     for first in range(0, len(missing), bench.batch_size):
         part = list(missing.items())[first : first + bench.batch_size]
         started = time.perf_counter()
-        scores = bench.model.nll(
-            [study for _, study in part], n_times=o.n_times, seed=how["seed"], batch_size=bench.batch_size
-        )
+        some = [study for _, study in part]
+        scores = bench.model.nll(some, n_times=o.n_times, seed=how["seed"], batch_size=bench.batch_size)
         seconds = (time.perf_counter() - started) / len(part)
         for (key, study), found in zip(part, scores, strict=True):
             line = {"key": key, "study": study.id, "patient": study.patient_id, "tokens": found.tokens}

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eval.studies import PATIENTS
 from medim.cli import run
 from medim.errors import UserError
 
@@ -103,7 +104,7 @@ def compare(
             raise UserError(
                 f"{first} and {second}: {domain} {task}: not the same studies; give the same protocol and --limit"
             )
-        one = paired(sums[0][name], sums[1][name], [row[1] for row in rows[0]], seed, resamples)
+        one = paired(sums[0][name], sums[1][name], _clusters(rows[0]), seed, resamples)
         tested.append(len(found))
         found.append(Line(name, *values, one.low, one.high, one.p))
     if not found:
@@ -138,6 +139,11 @@ def _shared(first: dict[str, Any], second: dict[str, Any]) -> dict[str, tuple[fl
 def _rows(results: dict[str, Any], domain: str, task: str) -> list[tuple[str, str]]:
     """Study and patient of each row, in order; the same study comes once a seed."""
     return [(row["study"], row["patient"]) for row in results["domains"][domain]["tasks"][task]["rows"]]
+
+
+def _clusters(rows: Sequence[tuple[str, str]]) -> list[str]:
+    patients = [patient for _, patient in rows]
+    return patients if len(set(patients)) >= PATIENTS else [study for study, _ in rows]
 
 
 def table(lines: Sequence[Line], first: str, second: str) -> str:

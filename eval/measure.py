@@ -19,7 +19,7 @@ import PIL.Image
 
 from eval.outputs import Output, makes
 from eval.protocol import Protocol, TaskName
-from eval.studies import patient_of
+from eval.studies import clusters_of, patient_of
 from medim.data import embedded, pathology
 from medim.data.studies import Study
 from medim.errors import UserError
@@ -29,6 +29,7 @@ from medim.metrics.statistics import Sums, interval
 from medim.pipeline import ASSETS
 
 Findings = list[dict[str, bool]]
+SHOWN = ("value", "n", "low", "high", "higher", "floor", "ceiling", "about")
 
 
 @functools.cache
@@ -72,14 +73,7 @@ class Figure:
 
     def plain(self) -> dict[str, Any]:
         """For results.json, without what is not known."""
-        said: dict[str, Any] = {
-            "value": self.value,
-            "n": self.n,
-            "low": self.low,
-            "high": self.high,
-            "higher": self.higher,
-        }
-        said |= {"floor": self.floor, "ceiling": self.ceiling, "about": self.about}
+        said = {name: getattr(self, name) for name in SHOWN}
         keep = ("value", "n")
         return {k: v for k, v in said.items() if k in keep or (v not in ("", None) and not _is_nan(v))}
 
@@ -133,8 +127,9 @@ class Scoring:
         """With its interval if it has rows."""
         if isinstance(sums, float | int):
             return Figure(float(sums), len(outputs), **known)
-        clusters = [patient_of(output.study) for output in outputs]
-        low, high = interval(sums, clusters, self.seed, self.protocol.bootstrap)
+        low, high = interval(
+            sums, clusters_of([output.study for output in outputs]), self.seed, self.protocol.bootstrap
+        )
         return Figure(sums.value, len(outputs), sums, low, high, **known)
 
     def attempt(self, name: str, measure: Callable[[], dict[str, Figure]]) -> dict[str, Figure]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from medim.data.studies import Skipped, Study
 from medim.errors import UserError
 from medim.vocabulary import MODALITIES
 
+PATIENTS = 10  # below, an interval over patients says nothing
 STUDY_SEED = 0  # the split stays the same whatever seed the sampling has
 
 
@@ -77,5 +78,11 @@ def _dotted(tree: dict[str, Any]) -> list[str]:
 
 
 def patient_of(study: Study) -> str:
-    """What is drawn together in a bootstrap."""
+    """Its patient, or itself where none is known."""
     return study.patient_id or study.id
+
+
+def clusters_of(studies: Sequence[Study]) -> list[str]:
+    """What is drawn together in a bootstrap: a patient's studies; where patients are too few to draw, each study."""
+    patients = [patient_of(study) for study in studies]
+    return patients if len(set(patients)) >= PATIENTS else [study.id for study in studies]
