@@ -92,7 +92,7 @@ class Bench:
 
 
 def evaluate(
-    protocol: Protocol, args: argparse.Namespace, claim: Callable[[Path, dict[str, Any]], None]
+    protocol: Protocol, args: argparse.Namespace, claim: Callable[[Path, dict[str, Any], bool], None]
 ) -> tuple[dict[str, Any], dict[str, Sums]] | None:
     """Sample or read, and score; None in the processes that only sample."""
     from eval.run import fingerprint
@@ -109,7 +109,7 @@ def evaluate(
         "protocol": {name: value for name, value in asdict(protocol).items() if name not in SCORING},
         "model_sha256" if args.model else "predictions": weights or str(args.predictions),
     }
-    claim(args.out, identity)
+    claim(args.out, identity, rank == 0)
     samples = sum(map(len, studies.values())) * len(protocol.tasks) * len(protocol.seeds)
     share = -(-samples // world) if model else samples
     with tqdm(total=share, unit="sample", mininterval=0.5, disable=None if rank == 0 else True) as progress:

@@ -159,8 +159,8 @@ def _version(name: str) -> str:
         return ""
 
 
-def claim(out: Path, identity: dict[str, Any]) -> None:
-    """Make the output folder if need be and mark it with `identity`.
+def claim(out: Path, identity: dict[str, Any], lead: bool = True) -> None:
+    """Make the output folder if need be and mark it with `identity`; processes but the lead wait for the mark.
 
     Raises:
         UserError: it cannot be made, or holds something else than this very evaluation.
@@ -171,14 +171,13 @@ def claim(out: Path, identity: dict[str, Any]) -> None:
     except OSError as error:
         raise UserError(f"{out}: cannot be made ({error.strerror}); give another --out") from error
     identity = json.loads(json.dumps(identity, default=str))
-    if not any(out.iterdir()):
+    if lead and not any(out.iterdir()):
         write(mark, json.dumps(identity, indent=1) + "\n")
         return
-    for _ in range(20):  # the process that came first may be about to write it
-        if mark.is_file():
-            break
-        time.sleep(0.1)
-    else:
+    for _ in range(0 if lead else 600):
+        if not mark.is_file():
+            time.sleep(0.1)
+    if not mark.is_file():
         raise UserError(f"{out}: holds other files already; give another --out (nothing was overwritten)")
     earlier = json.loads(mark.read_text(encoding="utf-8"))
     differing = [key for key in identity if earlier.get(key) != identity[key]]
