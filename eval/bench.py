@@ -9,7 +9,6 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
@@ -80,6 +79,14 @@ class Bench:
     def say(self, what: str) -> None:
         """Show what is being done on the progress bar."""
         self.progress.set_description(what)
+
+    def prepare(self, study: Study, side: int, number: int = 0) -> PIL.Image.Image:
+        """An image of a study as the scored system sees it: at `side` pixels, where no model says how large."""
+        image = study.images[number]
+        gray = MODALITIES[image.modality].gray
+        if self.model:
+            return self.model.joint.image.prepare(image.pixels, gray)
+        return prepare_image(image.pixels, side, gray)
 
     @property
     def sampler(self) -> Sampler:
@@ -232,10 +239,8 @@ def _real(
         folder.mkdir(parents=True, exist_ok=True)
     for study in studies:
         name = f"{key_of({'study': study.id, 'side': 0 if bench.model else side})}.png"
-        pixels = study.images[min(wanted, len(study.images) - 1)].pixels
         if not (folders[0] / name).is_file():
-            prepare = bench.model.joint.image.prepare if bench.model else partial(prepare_image, resolution=side)
-            picture = prepare(pixels, gray=gray)
+            picture = bench.prepare(study, side, min(wanted, len(study.images) - 1))
             picture.convert("L" if gray else "RGB").save(folders[0] / name)
         if bench.model and not (folders[1] / name).is_file():
             codes = bench.model.joint.image.encode(bench.model.joint.image.prepare(folders[0] / name, gray), gray)

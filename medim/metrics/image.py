@@ -31,6 +31,16 @@ def ssim(real: PIL.Image.Image, other: PIL.Image.Image) -> float:
     return float(structural_similarity(a, b, channel_axis=2 if a.ndim == 3 else None))
 
 
+def mae(real: PIL.Image.Image, other: PIL.Image.Image) -> float:
+    """Mean absolute error, of the whole range of 8 bits: 0 for equal pictures, at most 1.
+
+    Raises:
+        ValueError: the pictures differ in size.
+    """
+    a, b = _pair(real, other)
+    return float(np.abs(a.astype(float) - b).mean() / 255)
+
+
 def _pair(real: PIL.Image.Image, other: PIL.Image.Image) -> tuple[UInt8[ndarray, "H W *C"], UInt8[ndarray, "H W *C"]]:
     """Both as arrays, gray only if both are."""
     if real.size != other.size:

@@ -191,6 +191,11 @@ class VQTokenizer(nn.Module):
         self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)
 
     @property
+    def codebook(self) -> Float[Tensor, "K E"]:
+        """The vectors of all codes."""
+        return self.quantize.embedding.weight
+
+    @property
     def codebook_size(self) -> int:
         """K."""
         return self.config.n_embed

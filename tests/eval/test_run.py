@@ -16,7 +16,13 @@ from medim.config import load
 from medim.data import phantom
 from medim.metrics.reader import FindingReader
 
-PROTOCOL = "studies: 4\nlikelihood: {studies: 2, n_times: 2}\nbootstrap: 50\n"
+PROTOCOL = """
+studies: 4
+text: [bleu, rouge_l, distinct]
+image: [fid, prdc]
+likelihood: {studies: 2, n_times: 2}
+bootstrap: 50
+"""
 
 
 @pytest.fixture
@@ -56,8 +62,27 @@ def test_a_typing_mistake_in_a_protocol(capsys, tmp_path, protocol):
 
 
 def test_a_wrong_value_in_a_protocol(capsys, tmp_path, protocol):
-    protocol.write_text("domains: [xray, mri]\n")
-    assert "'pathology'" in said(capsys, protocol, "--model", "demo", "--out", tmp_path / "out")
+    protocol.write_text("tasks: [pair, dream]\n")
+    assert "'report'" in said(capsys, protocol, "--model", "demo", "--out", tmp_path / "out")
+    for line, words in (
+        ("domains: [xray, sonar]", "unknown 'sonar'"),
+        ("domains: [mri]", "was not trained on mri"),
+        ("tasks: [translate]", "do not translate"),
+        ("seeds: []", "give one at least"),
+        ("data: {source: pathgen}", "add data.root=DIR to the command"),
+        ("data: {source: pathgn, root: .}", "one of demo"),
+    ):
+        protocol.write_text(line + "\n")
+        assert words in said(capsys, protocol, "--model", "demo", "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_or_predictions(capsys, tmp_path, protocol):
+    line = said(capsys, protocol, "--predictions", tmp_path / "none", "--out", tmp_path / "out")
+    assert "no such folder" in line
+    with pytest.raises(SystemExit):
+        main([str(protocol), "--out", str(tmp_path / "out")])
+    assert "--model --predictions is required" in capsys.readouterr().err
 
 
 def test_no_such_model(capsys, tmp_path, protocol):
@@ -89,8 +114,21 @@ def test_help_teaches_by_example(capsys):
     assert "python -m eval.run eval/demo.yaml" in capsys.readouterr().out
 
 
-def test_the_demo_protocol_is_the_documented_one():
-    assert load(Path(__file__).parents[2] / "eval" / "demo.yaml", [], Protocol) == Protocol()
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[2] / "eval").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_each_protocol_is_one_and_says_how_it_is_run(path):
+    load(path, [], Protocol)
+    header = path.read_text().split("\n\n")[0]
+    assert f"eval/{path.name}" in header and header.startswith("#")
+
+
+def untimed(results):
+    """Without what another run takes another time for."""
+    if isinstance(results, dict):
+        timed = ("seconds", "sampling_seconds")
+        return {key: untimed(value) for key, value in results.items() if key not in timed}
+    return [untimed(one) for one in results] if isinstance(results, list) else results
 
 
 def test_a_whole_run_and_its_resumption(capsys, tmp_path, protocol, tiny_model, reader):
@@ -100,46 +138,70 @@ def test_a_whole_run_and_its_resumption(capsys, tmp_path, protocol, tiny_model, 
     shown = capsys.readouterr().out
     assert "report.html" in shown and "floor" in shown and "bits per token" in shown
     results = json.loads((out / "results.json").read_text(), parse_constant=pytest.fail)
-    assert results["samples"] == 2 * 2 * 3 and results["seed"] == 0 and results["limit"] == 2
+    assert results["samples"] == 2 * 2 * 3 and results["seeds"] == [0] and results["limit"] == 2
     for domain in ("xray", "pathology"):
-        figures = results["domains"][domain]
-        assert set(figures["tasks"]) == {"pair", "report", "image"}
-        assert figures["nll"]["text"]["bits_per_token"] > 0 and figures["nll"]["image"]["standard_error"] >= 0
-        assert 0 < figures["tokenizer"]["psnr"] < 30 and figures["tokenizer"]["ssim"] < 1
-        assert 0 <= figures["tasks"]["report"]["text"]["rouge_l"] < 1
-        for task, found in figures["tasks"].items():
-            first, second = found["rows"]
+        found = results["domains"][domain]
+        assert set(found["tasks"]) == {"pair", "report", "image"}
+        assert found["nll"]["text"]["bits_per_token"] > 0 and found["nll"]["image"]["standard_error"] >= 0
+        assert 0 < found["tokenizer"]["psnr"] < 30 and found["tokenizer"]["ssim"] < 1
+        assert 0 <= found["tasks"]["report"]["figures"]["rouge_l"]["value"] < 1
+        assert "rouge_l" not in found["tasks"]["pair"]["figures"]  # no real report to be held against
+        assert any(name.startswith("fid/vq@") for name in found["tasks"]["pair"]["figures"])
+        for task, one in found["tasks"].items():
+            first, second = one["rows"]
             assert first["study"] == f"{domain}-test-000000" and first["id"] == f"{domain}-{task}-00000"
-            assert found["forward_passes"] == first["forward_passes"] + second["forward_passes"] > 0
+            assert one["forward_passes"] == first["forward_passes"] + second["forward_passes"] > 0
             with PIL.Image.open(out / first["image"]) as picture:
                 assert picture.size == (96, 96)
                 assert ("synthetic" in picture.info) == (task != "report")  # what is given was not generated
     # a pathology report that is given is read back, and measured real tiles agree with their reports
     pathology = results["domains"]["pathology"]
-    assert pathology["tokenizer"]["coherence_real"]["f1"] == 1.0
-    assert pathology["tasks"]["report"]["coherence"]["ceiling"] == 1.0
+    assert pathology["tasks"]["report"]["figures"]["coherence"]["ceiling"] == 1.0
     assert len(pathology["tasks"]["image"]["rows"][0]["told"]) == 3
     page = (out / "report.html").read_text()
     assert "Synthetic. Not for diagnosis." in page and "xray-pair-00001" in page
 
     # Killed while the second line was written: the first sample is taken from disk, the second is made again.
-    folder = out / "samples" / "xray-pair"
-    manifest = folder / "manifest.jsonl"
+    manifest = out / "samples" / "xray-pair" / "manifest.jsonl"
     first, second = manifest.read_text().splitlines(keepends=True)
     edited = json.dumps(json.loads(first) | {"report": "Large left pneumothorax."}) + "\n"
     manifest.write_text(edited + second[:25])
     assert main(command) == 0
     again = json.loads((out / "results.json").read_text())["domains"]["xray"]["tasks"]["pair"]
     assert again["rows"][0]["told"] == ["left pneumothorax"]
-    before = results["domains"]["xray"]["tasks"]["pair"]["rows"][1]
-    assert {k: v for k, v in again["rows"][1].items() if k != "seconds"} == {
-        k: v for k, v in before.items() if k != "seconds"
-    }
+    assert untimed(again["rows"][1]) == untimed(results["domains"]["xray"]["tasks"]["pair"]["rows"][1])
     assert len(manifest.read_text().splitlines()) == 2
 
-    # The same folder is not for another evaluation.
+    # More studies and other metrics go on from there; another evaluation does not.
+    assert main([*command[:-1], "3", "text=[bleu]"]) == 0
+    more = json.loads((out / "results.json").read_text())["domains"]["xray"]["tasks"]["pair"]["rows"]
+    assert [row["told"] for row in more[:1]] == [["left pneumothorax"]] and len(more) == 3
     capsys.readouterr()
-    for changed, what in (([*command, "--seed", "1"], "another seed"), ([*command[:-1], "1"], "another limit")):
-        assert what in said(capsys, *changed)
-    protocol.write_text(PROTOCOL.replace("4", "5"))
-    assert "another protocol" in said(capsys, *command)
+    assert "another protocol" in said(capsys, *command, "--seed", "1")
+    assert "another protocol" in said(capsys, *command, "likelihood.n_times=3")
+
+
+def test_two_processes_give_the_same_figures(tmp_path, protocol, tiny_model):
+    found = []
+    for processes in (1, 2):
+        out = tmp_path / f"out{processes}"
+        command = [str(protocol), "domains=[pathology]", "--model", str(tiny_model), "--out", str(out)]
+        assert main([*command, "--processes", str(processes)]) == 0
+        found.append(untimed(json.loads((out / "results.json").read_text())))
+    assert found[0]["domains"] == found[1]["domains"]
+    assert len(list((tmp_path / "out2" / "samples" / "pathology-pair").glob("manifest*.jsonl"))) == 2
+
+
+def test_a_process_that_fails_ends_the_others(capsys, tmp_path, protocol, tiny_model, monkeypatch):
+    monkeypatch.setattr("eval.run.sys.executable", "false")  # each other process ends at once, with 1
+    line = said(capsys, protocol, "--model", tiny_model, "--out", tmp_path / "out", "--processes", 2)
+    assert "process 1 of 2 failed; the same command goes on" in line
+
+
+def test_seeds_are_pooled(tmp_path, protocol, tiny_model):
+    out = tmp_path / "out"
+    assert main([str(protocol), "domains=[pathology]", "tasks=[pair]", "seeds=[0,7]", "--limit", "2",
+                 "--model", str(tiny_model), "--out", str(out)]) == 0  # fmt: skip
+    rows = json.loads((out / "results.json").read_text())["domains"]["pathology"]["tasks"]["pair"]["rows"]
+    assert [(row["study"][-1], row["seed"]) for row in rows] == [("0", 0), ("1", 0), ("0", 7), ("1", 7)]
+    assert rows[0]["report"] != rows[2]["report"]
