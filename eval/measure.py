@@ -155,6 +155,8 @@ def score(scoring: Scoring, task: TaskName, outputs: Sequence[Output], real: Rea
         from eval.images import image_figures
 
         figures |= image_figures(scoring, task, outputs, real)
+    if task != "translate":
+        figures |= _pairing(scoring, outputs, task, real)
     rows = [_row(number, output, findings, figures) for number, output in enumerate(outputs)]
     return {
         "figures": {name: figure.plain() for name, figure in figures.items()},
@@ -220,6 +222,44 @@ def _seen(outputs: Sequence[Output], domain: str, nothing: dict[str, bool]) -> F
 
 def _by_finding(pair: Sequence[Findings]) -> dict[str, Any]:
     return {name: asdict(one) for name, one in coherence.per_finding(*pair).items()}
+
+
+# --------------------------------------------------------------------------------------------------------------- pairs
+
+
+def _pairing(scoring: Scoring, outputs: Sequence[Output], task: TaskName, real: Real) -> dict[str, Figure]:
+    """Whether image and report of an output belong together, by models that run here (`eval.encoders`)."""
+    place = {study.id: number for number, study in enumerate(real.studies)}
+    figures: dict[str, Figure] = {}
+    if not scoring.protocol.encoder and not scoring.protocol.judge:
+        return figures
+    shown = [(o.picture() if makes(task)[0] else real.pictures[place[o.study.id]]) for o in outputs]
+    told = [o.report if makes(task)[1] else o.study.report for o in outputs]
+    both = [number for number, picture in enumerate(shown) if picture is not None]
+    pictures, reports = [picture for picture in shown if picture is not None], [told[number] for number in both]
+    some = [outputs[number] for number in both]
+
+    def retrieve() -> dict[str, Figure]:
+        from eval.encoders import load_encoder
+        from medim.metrics.retrieval import retrieval
+
+        found = retrieval(*load_encoder(scoring.protocol.encoder)(pictures, reports))
+        return {name: scoring.figure(value, some, higher="recall" in name) for name, value in found.items()}
+
+    def judge() -> dict[str, Figure]:
+        from eval.encoders import load_judge
+
+        rate = load_judge(scoring.protocol.judge)
+        said = [rate(picture, report) for picture, report in zip(pictures, reports, strict=True)]
+        values = [math.nan if one is None else one for one in said]
+        about = f"1 to 5 by {scoring.protocol.judge}; {said.count(None)} answers without a digit are left out"
+        return {"judge": scoring.figure(Sums.mean(values), some, about=about)}
+
+    if scoring.protocol.encoder:
+        figures |= scoring.attempt("retrieval", retrieve)
+    if scoring.protocol.judge:
+        figures |= scoring.attempt("judge", judge)
+    return figures
 
 
 # --------------------------------------------------------------------------------------------------------------- text

@@ -198,16 +198,21 @@ def fingerprint(folder: Path) -> str:
 
 def table(results: dict[str, Any]) -> str:
     """The figures as text: a line each, with interval, floor and ceiling, and what others are said to reach."""
-    lines = [f"{'domain':<11}{'task':<10}{'figure':<34}{'value':>9}  {'95% interval':<18}{'floor':>7}{'ceiling':>9}"]
+    rows = []
     for domain, found in results["domains"].items():
         for task, one in found["tasks"].items():
-            for name, figure in one["figures"].items():
-                low, high = figure.get("low"), figure.get("high")
-                interval = f"[{_figure(low)}, {_figure(high)}]" if low is not None else ""
-                lines.append(
-                    f"{domain:<11}{task:<10}{name:<34}{_figure(figure['value']):>9}  {interval:<18}"
-                    f"{_figure(figure.get('floor')):>7}{_figure(figure.get('ceiling')):>9}"
-                )
+            rows += [(domain, task, name, figure) for name, figure in one["figures"].items()]
+        kept = found.get("memorisation", {}).items()
+        rows += [(domain, "all", name, figure) for name, figure in kept if isinstance(figure, dict)]
+    width = max((len(name) for _, _, name, _ in rows), default=6)
+    head = f"{'domain':<11}{'task':<10}{'figure':<{width}}{'value':>9}"
+    lines = [f"{head}  {'95% interval':<18}{'floor':>7}{'ceiling':>9}"]
+    for domain, task, name, figure in rows:
+        low, high = figure.get("low"), figure.get("high")
+        interval = f"[{_figure(low)}, {_figure(high)}]" if low is not None else ""
+        ends = f"{_figure(figure.get('floor')):>7}{_figure(figure.get('ceiling')):>9}"
+        shown = f"{_figure(figure['value']):>9}  {interval:<18}{ends}"
+        lines.append(f"{domain:<11}{task:<10}{name:<{width}}{shown}")
     for domain, found in results["domains"].items():
         said = []
         if tokenizer := found.get("tokenizer"):
@@ -218,6 +223,9 @@ def table(results: dict[str, Any]) -> str:
             if isinstance(one, dict)
         ]
         said += [f"bits per token: {', '.join(bits)}"] if bits else []
+        if rank := found.get("rank"):
+            accuracy, chance = _figure(rank["accuracy"]), _figure(rank["chance"])
+            said.append(f"right report found by likelihood: {accuracy} of {rank['n']} (chance {chance})")
         if said:
             lines.append(f"{domain}: {'; '.join(said)}")
     for one in results["protocol"]["published"]:
