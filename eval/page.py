@@ -68,7 +68,8 @@ GROUPS = {  # by how the names start; the last takes the rest
     "Words": ("bleu", "rouge", "meteor", "cider", "distinct", "repetition", "length", "invented", "bertscore"),
     "Other": ("",),
 }
-OPEN = ("fid", "kid", "density", "cider", "length_ratio", "psnr", "mae", "inception_score")  # not of the range 0 to 1
+# Not shares of 0 to 1, whatever their value.
+OPEN = ("fid", "kid", "density", "cider", "length_ratio", "psnr", "mae", "inception", "radcliq", "distance", "bits")
 BETTER = {True: ("↑", "higher is better"), False: ("↓", "lower is better"), None: ("", "")}
 ALPHA = 0.05  # of the corrected p, on the page of a comparison
 
@@ -202,10 +203,10 @@ def _memorisation(domain: str, found: Mapping[str, Any], folder: Path) -> dict[s
 def _table(
     domain: str, figures: Iterable[tuple[str, str, Mapping[str, Any]]], systems: Sequence[Mapping[str, Any]] = ()
 ) -> dict[str, Any]:
-    """Rows by group, what other systems reach, and which columns have anything in them."""
-    groups: dict[str, list[dict[str, Any]]] = {group: [] for group in GROUPS}
+    """Rows, those of a task by group, what other systems reach, and which columns have anything in them."""
+    groups: dict[str, list[dict[str, Any]]] = {group: [] for group in ("", *GROUPS)}
     for task, name, figure in figures:
-        group = next(group for group, starts in GROUPS.items() if name.startswith(starts))
+        group = next(group for group, starts in GROUPS.items() if name.startswith(starts)) if task in TASKS else ""
         groups[group].append(_row(domain, task, name, figure, systems))
     rows = [row for some in groups.values() for row in some]
     return {
@@ -236,7 +237,7 @@ def _row(
         "exact": "" if value is None else json.dumps(value),
         "n": figure["n"],
         **{key: figure.get(key) for key in ("low", "high", "floor", "ceiling")},
-        "drawn": value is not None and 0 <= value <= 1 and base not in OPEN,
+        "drawn": value is not None and 0 <= value <= 1 and not any(word in base for word in OPEN),
         "others": [system["figures"].get(name) for system in systems],
     }
 
@@ -244,7 +245,7 @@ def _row(
 def _label(name: str) -> str:
     """A figure's name for people, without the details behind its first slash."""
     base = name.partition("/")[0]
-    plain = base.replace("_", " ")
+    plain = base.replace("_", " ").replace(" f1", " F1")
     return LABELS.get(base, plain[:1].upper() + plain[1:])
 
 
@@ -285,7 +286,7 @@ def _tiles(found: Mapping[str, Any]) -> list[dict[str, str]]:
             tile["note"] += f"{'. ' if tile['note'] else ''}{round(reach * 100)}% of the way from chance to ceiling"
         tiles.append(tile)
     starts = {
-        "report": ("rouge_l", "bleu-4", "rule_f1", "rouge_l_medim", "bleu", "meteor", "cider"),
+        "report": ("rouge_l", "bleu-4", "rule_f1", "rouge_l_medim", "bleu", "meteor", "cider", "findings_f1"),
         "image": ("fid", "kid", "ms_ssim", "coverage"),
         "pair": ("fid", "kid", "ms_ssim", "coverage"),
         "translate": ("ssim", "psnr", "mae", "fid"),
@@ -364,7 +365,9 @@ def _picture(folder: Path, name: str | None) -> str | None:
 
 def _short(value: float | None, digits: int = 2) -> str:
     """A number for a headline; a dash where it is undefined."""
-    return "–" if value is None else _signed(value, f".{digits if abs(value) < 100 else 0}f")
+    if value is None:
+        return "–"
+    return _signed(value, f".{digits if abs(value) < 10 else min(digits, 1) if abs(value) < 100 else 0}f")
 
 
 def _figure(value: float | None) -> str:

@@ -13,7 +13,7 @@ import pytest
 
 from eval import page
 
-VOID = {"meta", "img", "br", "line", "rect", "circle"}
+VOID = {"meta", "img", "br", "line", "rect", "circle", "path"}
 
 
 class Page(HTMLParser):
