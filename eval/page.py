@@ -240,6 +240,8 @@ def _compared(line: Line) -> dict[str, Any]:
     sure = corrected is not None and corrected < ALPHA
     reach = 1.1 * max((abs(value) for value in (difference, low, high) if value is not None), default=0.0)
     verdict = side if sure and side != "neither" else "differs" if sure else "no difference shown"
+    if difference is None:
+        verdict = "undefined"
     arrow, better = BETTER[line.higher]
     return known | {
         "domain": domain,

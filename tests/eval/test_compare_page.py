@@ -37,7 +37,7 @@ def test_what_is_said_of_b():
         ("worse", "no difference shown"),
         ("neither", "differs"),
         ("better", "not tested"),
-        ("neither", "no difference shown"),
+        ("neither", "undefined"),
         ("neither", "no difference shown"),
     ]
 
