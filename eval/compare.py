@@ -2,12 +2,14 @@
 
 python -m eval.compare out/a out/b                    # folders that `python -m eval.run` wrote
 python -m eval.compare out/a out/b --json             # the same, to be read by a program
+python -m eval.compare out/a out/b --out a-b.html     # the same, to be looked at
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,7 @@ HELP = """Is B better than A? A paired bootstrap over the studies that both were
 
   python -m eval.compare out/a out/b
   python -m eval.compare out/a out/b --figure coherence --figure bleu-4
+  python -m eval.compare out/a out/b --out a-b.html
 
 A and B are folders that `python -m eval.run` wrote by the same protocol, of any two systems or seeds. For each figure:
 both values, B minus A with its 95% interval, and p: how often a difference of that size or more would come about if
@@ -30,7 +33,7 @@ of whole sets (FID) have no row a study and are shown without a test."""
 
 @dataclass(frozen=True)
 class Line:
-    """One figure of both; the last four are None where it has no rows."""
+    """One figure of both; low, high and the p are None where it has no rows, higher where neither is better."""
 
     name: str
     first: float | None
@@ -39,6 +42,7 @@ class Line:
     high: float | None = None
     p: float | None = None
     corrected: float | None = None
+    higher: bool | None = None
 
     @property
     def difference(self) -> float | None:
@@ -64,18 +68,39 @@ def _main(argv: Sequence[str]) -> int:
     parser.add_argument("--resamples", type=int, default=2000, help="of the bootstrap (2000)")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (0)")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--out", type=Path, metavar="FILE.html", help="write a page to look at besides")
     if not argv:
         parser.print_help()
         return 0
     args = parser.parse_args(argv)
     if args.resamples < 100:
         raise UserError(f"--resamples {args.resamples}: give 100 or more")
+    if args.out and args.out.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"--out {args.out}: give a name that ends in .html")
     lines = compare(args.first, args.second, args.figure, args.seed, args.resamples)
     if args.json:
         print(json.dumps([vars(line) | {"difference": line.difference} for line in lines], indent=1))
     else:
         print(table(lines, str(args.first), str(args.second)))
+    if args.out:
+        _save_page(args.out, lines, args.first, args.second)
     return 0
+
+
+def _save_page(path: Path, lines: Sequence[Line], first: Path, second: Path) -> None:
+    try:
+        from eval import page
+    except ModuleNotFoundError as error:
+        raise UserError(f'{error.name} is not installed; python -m pip install -e ".[eval]"') from error
+    from eval.run import write
+
+    sides = [{"folder": str(folder), "results": _results(folder)} for folder in (first, second)]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path, page.render_comparison(lines, *sides))
+    except OSError as error:
+        raise UserError(f"--out {path}: cannot be written ({error.strerror})") from error
+    print(f"page: {path}", file=sys.stderr)
 
 
 def compare(
@@ -93,10 +118,11 @@ def compare(
     sums = [read_sums(folder / "scores.npz") for folder in (first, second)]
     found, tested = [], []
     for name, values in _shared(*results).items():
-        if only and name.rpartition("/")[2] not in only:
+        higher = _better(results[1], name)
+        if only and name.split("/", 2)[2] not in only:
             continue
         if any(name not in one for one in sums):
-            found.append(Line(name, *values))
+            found.append(Line(name, *values, higher=higher))
             continue
         domain, task, _ = name.split("/", 2)
         rows = [_rows(one, domain, task) for one in results]
@@ -106,7 +132,7 @@ def compare(
             )
         one = paired(sums[0][name], sums[1][name], _clusters(rows[0]), seed, resamples)
         tested.append(len(found))
-        found.append(Line(name, *values, one.low, one.high, one.p))
+        found.append(Line(name, *values, one.low, one.high, one.p, higher=higher))
     if not found:
         raise UserError(f"{first} and {second} have no figure in common" + (f" of {', '.join(only)}" if only else ""))
     for index, p in zip(tested, holm([found[index].p or 0.0 for index in tested]), strict=True):
@@ -134,6 +160,12 @@ def _shared(first: dict[str, Any], second: dict[str, Any]) -> dict[str, tuple[fl
             }
         )
     return {name: (value, values[1][name]) for name, value in values[0].items() if name in values[1]}
+
+
+def _better(results: dict[str, Any], name: str) -> bool | None:
+    """Whether more of a figure is better; None where neither is."""
+    domain, task, figure = name.split("/", 2)
+    return results["domains"][domain]["tasks"][task]["figures"][figure].get("higher")
 
 
 def _rows(results: dict[str, Any], domain: str, task: str) -> list[tuple[str, str]]:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
+
+if TYPE_CHECKING:
+    from eval.compare import Line
 
 SHOWN = 8  # samples a task: the first ones, none is picked
 TITLES = {"xray": "Chest X-ray", "pathology": "Pathology", "ct": "CT", "mri": "MRI"}
@@ -100,7 +104,7 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"figure": _figure, "short": _short, "x": _x}
+    environment.filters |= {"figure": _figure, "short": _short, "signed": _plus, "p": _p, "x": _x}
     return environment
 
 
@@ -195,6 +199,66 @@ def _memorisation(domain: str, found: Mapping[str, Any], folder: Path) -> dict[s
         for one in found.get("closest", [])
     ]
     return {"table": _table(domain, figures), "closest": closest}
+
+
+# --------------------------------------------------------------------------------------------------------- comparison
+
+
+def render_comparison(lines: Sequence[Line], first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
+    """The page of `eval.compare`: its lines, and both sides as ``{"folder": ..., "results": ...}``."""
+    rows = [_compared(line) for line in lines]
+    parts: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        parts.setdefault((row["domain"], row["task"]), []).append(row)
+    tested = [row for row in rows if row["corrected"] is not None]
+    count = Counter(row["verdict"] for row in tested)
+    return _environment().get_template("comparison.html.j2").render(
+        sides=[("A", first), ("B", second)],
+        parts=[
+            {"domain": d, "title": TITLES.get(d, d), "task": TASKS.get(t, (t, ""))[0], "rows": some}
+            for (d, t), some in parts.items()
+        ],
+        tested=len(tested),
+        untested=len(rows) - len(tested),
+        better=count["better"],
+        worse=count["worse"],
+        alpha=ALPHA,
+    )  # fmt: skip
+
+
+def _compared(line: Line) -> dict[str, Any]:
+    """A line with what it says of B, and where its difference lies on an axis from -1 to 1."""
+    domain, task, name = line.name.split("/", 2)
+    known = {
+        key: value if value is not None and math.isfinite(value) else None
+        for key, value in {**vars(line), "difference": line.difference}.items()
+        if key not in ("name", "higher")
+    }
+    difference, low, high, corrected = (known[key] for key in ("difference", "low", "high", "corrected"))
+    gain = (difference or 0.0) * {True: 1, False: -1, None: 0}[line.higher]
+    side = "better" if gain > 0 else "worse" if gain < 0 else "neither"
+    sure = corrected is not None and corrected < ALPHA
+    reach = 1.1 * max((abs(value) for value in (difference, low, high) if value is not None), default=0.0)
+    verdict = side if sure and side != "neither" else "differs" if sure else "no difference shown"
+    if difference is None:
+        verdict = "undefined"
+    arrow, better = BETTER[line.higher]
+    return known | {
+        "domain": domain,
+        "task": task,
+        "figure": name,
+        "label": _label(name),
+        "detail": name.partition("/")[2].replace("/", " · "),
+        "arrow": arrow,
+        "better": better,
+        "exact": "" if difference is None else json.dumps(difference),
+        "side": side,
+        "sure": sure,
+        "verdict": verdict if corrected is not None else "not tested",
+        "reach": reach,
+        **{f"at_{key}": None if value is None or not reach else (value / reach + 1) / 2
+           for key, value in (("low", low), ("high", high), ("dot", difference))},
+    }  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------- tables
@@ -376,6 +440,15 @@ def _figure(value: float | None) -> str:
         return "–"
     size = abs(value)
     return _signed(value, ".2g" if 0 < size < 0.001 else f".{3 if size < 10 else 2 if size < 100 else 1}f")
+
+
+def _plus(value: float | None) -> str:
+    """A difference, with its sign."""
+    return f"{'+' if value is not None and value > 0 else ''}{_figure(value)}"
+
+
+def _p(value: float | None) -> str:
+    return "" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def _signed(value: float, form: str) -> str:
