@@ -203,9 +203,8 @@ def _domain(
         found = score(scoring, task, some, real)
         sums |= {f"{domain}/{task}/{name}": one for name, one in found.pop("sums").items()}
         for row, study in zip(found["rows"], (one.study for one in some), strict=True):
-            given = real.files[study.id]
-            row["image"] = given if row["image"] is None else _relative(row["image"], bench.out)
-            row |= {"task": task, "domain": domain}
+            made = None if row["image"] is None else _relative(row["image"], bench.out)
+            row |= {"task": task, "domain": domain, "image": made, "real_image": real.files[study.id]}
         cost = {name: sum(row.get(name, 0) for row in found["rows"]) for name in ("forward_passes", "seconds")}
         tasks[task] = found | cost
     nll, more = _likelihood_figures(likelihood(bench, domain, limit)) if bench.model else ({}, {})

@@ -83,9 +83,10 @@ def load_judge(name: str, device: str = "cpu") -> Callable[[PIL.Image.Image, str
         raise UserError(f"judge: {name} cannot be loaded ({_line(error)}); fetch it: hf download {name}") from error
 
     def judge(image: PIL.Image.Image, report: str) -> float | None:
-        asked = [{"type": "image", "image": image.convert("RGB")}]
+        asked: list[dict[str, Any]] = [{"type": "image", "image": image.convert("RGB")}]
         asked.append({"type": "text", "text": QUESTION.format(report=report.strip() or "(empty)")})
-        said = answer(text=[{"role": "user", "content": asked}], max_new_tokens=8, return_full_text=False)
+        chat: Any = [{"role": "user", "content": asked}]
+        said: Any = answer(text=chat, max_new_tokens=8, return_full_text=False)
         return rating(str(said[0]["generated_text"]))
 
     return judge

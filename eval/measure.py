@@ -132,7 +132,7 @@ class Scoring:
         )
         return Figure(sums.value, len(outputs), sums, low, high, **known)
 
-    def attempt(self, name: str, measure: Callable[[], dict[str, Figure]]) -> dict[str, Figure]:
+    def attempt(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Its figures; none, and a note, where a package or weights are missing."""
         if name in self.missing:
             return {}
@@ -200,6 +200,9 @@ def _findings(
     told = told or [real.told[i] for i in index]
     seen = _seen(outputs, real.domain, nothing) if makes(task)[0] else [real.seen[i] for i in index]
     predicted, reference = (told, seen) if task == "report" else (seen, told)
+    if task == "pair":  # of a pair of which nothing is left, the real findings are missed: nothing agrees with nothing
+        lost = [o.image is None and not o.report.strip() for o in outputs]
+        reference = [real.told[i] if gone else one for i, gone, one in zip(index, lost, reference, strict=True)]
     top = real.seen if task == "report" else real.seen_again
     figures["coherence"] = scoring.figure(
         coherence.sums(predicted, reference),

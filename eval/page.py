@@ -395,12 +395,12 @@ def _sample(task: str, row: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """A row with its picture as a data URI and its findings sorted into agree, missing and invented."""
     given = {"report": "image", "image": "report"}.get(task, "")
     # where no image was made, the row has the real one
-    lost = given != "image" and "image" in row["failed"]
+    shown = row["real_image"] if given == "image" else row["image"]
     report = row["real_report"] if given == "report" else row["report"]
     sample = {
         "id": row["id"],
         "given": given,
-        "picture": None if lost else _picture(folder, row["image"]),
+        "picture": _picture(folder, shown),
         "report": report.strip(),
         "real_report": row["real_report"] if given == "image" else "",
         "failed": row["failed"],

@@ -36,7 +36,7 @@ def frechet_distance(first: Float[ndarray, "N D"], second: Float[ndarray, "M D"]
     a, b = ((one - one.mean(0)) / np.sqrt(len(one) - 1) for one in (a, b))
     spread = np.square(a).sum() + np.square(b).sum()
     if min(len(a), len(b)) > a.shape[1]:
-        a, b = (np.linalg.qr(one, mode="r") for one in (a, b))  # R'R = A'A
+        a, b = (np.asarray(np.linalg.qr(one, mode="r")) for one in (a, b))  # R'R = A'A
     cross = np.linalg.svd(a @ b.T, compute_uv=False).sum()
     return float(max(0.0, offset @ offset + spread - 2 * cross))
 
@@ -142,7 +142,8 @@ def prdc(real: Float[ndarray, "N D"], made: Float[ndarray, "M D"], k: int = 5) -
     between = distances(a, b)
     near, far = (np.asarray(between < ball) for ball in (ball_a[:, None], ball_b[None]))
     covered = np.asarray(between.min(1) < ball_a)
-    return PRDC(near.any(0), near.sum(0) / k, far.any(1), covered)
+    precise, recalled = (np.asarray(one) for one in (near.any(0), far.any(1)))
+    return PRDC(precise, near.sum(0) / k, recalled, covered)
 
 
 def distances(a: Float[ndarray, "N D"], b: Float[ndarray, "M D"]) -> Float[ndarray, "N M"]:

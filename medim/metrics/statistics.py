@@ -36,10 +36,20 @@ def _bleu(sums: Float[ndarray, "*R K"]) -> Float[ndarray, "*R"]:
     return np.where((matches > 0).all(-1), penalty * precision, 0.0)
 
 
+def _meteor(sums: Float[ndarray, "*R 6"]) -> Float[ndarray, "*R"]:
+    """Denkowski and Lavie 2014: matches made and wanted, lengths made and wanted, chunks, matched words."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        precision, recall = np.moveaxis(sums[..., :2] / sums[..., 2:4], -1, 0)
+        f_mean = 1 / (0.15 / precision + 0.85 / recall)
+        broken = np.where(sums[..., 5] > 0, sums[..., 4] / sums[..., 5], 0.0)
+    return np.where((sums[..., :2] > 0).all(-1), f_mean * (1 - 0.6 * broken**0.2), 0.0)
+
+
 FORMS: dict[str, Callable[[Float[ndarray, "*R K"]], Float[ndarray, "*R"]]] = {
     "mean": _ratio,  # sum, count
     "f1": _f1,  # true positives, false positives, false negatives
     "bleu": _bleu,
+    "meteor": _meteor,
 }
 
 

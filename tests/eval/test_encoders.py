@@ -50,9 +50,9 @@ def test_a_clip_encodes_the_same_alone_and_together(clip: Path) -> None:
 
 
 def test_what_is_no_encoder_is_said(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="encoder: .*cannot be loaded"):
+    with pytest.raises(UserError, match=r"encoder: .*cannot be loaded"):
         load_encoder(str(tmp_path / "none"))
-    with pytest.raises(UserError, match="judge: .*cannot be loaded"):
+    with pytest.raises(UserError, match=r"judge: .*cannot be loaded"):
         load_judge(str(tmp_path / "none"))
 
 

@@ -75,7 +75,8 @@ def row(task: str, number: int, **changes: Any) -> dict[str, Any]:
         "patient": "p",
         "seed": 7,
         "number": number,
-        "image": "one.png",
+        "image": None if task == "report" else "one.png",
+        "real_image": "one.png",
         "report": "" if task == "image" else "Mild cardiomegaly.",
         "real_report": "Normal heart size.",
         "failed": "",
@@ -147,7 +148,8 @@ def bare(results: dict[str, Any]) -> dict[str, Any]:
         one |= {"findings": {}, "forward_passes": 0, "seconds": 0}
         for made in one["rows"]:
             del made["seen"], made["told"], made["plan"]
-        one["rows"][0] |= {"failed": "no image" if name == "image" else "no report", "report": ""}
+        failed = {"failed": "no image", "image": None} if name == "image" else {"failed": "no report"}
+        one["rows"][0] |= failed | {"report": ""}
         one |= {"failed": 1}
         one["figures"]["failed"] = figure(0.1, higher=False)
     view = {"figures": {"ssim": figure(0.5), "psnr": figure(17.5), "mae": figure(0.1, higher=False)}}
@@ -219,8 +221,8 @@ def test_a_page_without_findings_or_model(bare, tmp_path):
 
 def test_a_lost_image_is_not_shown_as_the_real_one(tmp_path):
     PIL.Image.new("L", (8, 8)).save(tmp_path / "one.png")
-    assert page._sample("image", row("image", 0, failed="broken image"), tmp_path)["picture"] is None
-    assert page._sample("pair", row("pair", 0, failed="no image, no report"), tmp_path)["picture"] is None
+    assert page._sample("image", row("image", 0, failed="broken image", image=None), tmp_path)["picture"] is None
+    assert page._sample("pair", row("pair", 0, failed="no image, no report", image=None), tmp_path)["picture"] is None
     assert page._sample("pair", row("pair", 0, failed="no report"), tmp_path)["picture"]
     assert page._sample("report", row("report", 0, failed="no report"), tmp_path)["picture"]
 

@@ -65,8 +65,7 @@ def test_a_wrong_value_in_a_protocol(capsys, tmp_path, protocol):
     protocol.write_text("tasks: [pair, dream]\n")
     assert "'report'" in said(capsys, protocol, "--model", "demo", "--out", tmp_path / "out")
     for line, words in (
-        ("domains: [xray, sonar]", "unknown 'sonar'"),
-        ("domains: [mri]", "was not trained on mri"),
+        ("domains: [xray, mri]", "was not trained on mri; it knows xray, pathology"),
         ("tasks: [translate]", "do not translate"),
         ("seeds: []", "give one at least"),
         ("data: {source: pathgen}", "add data.root=DIR to the command"),
@@ -151,9 +150,12 @@ def test_a_whole_run_and_its_resumption(capsys, tmp_path, protocol, tiny_model, 
             first, second = one["rows"]
             assert first["study"] == f"{domain}-test-000000" and first["id"] == f"{domain}-{task}-00000"
             assert one["forward_passes"] == first["forward_passes"] + second["forward_passes"] > 0
-            with PIL.Image.open(out / first["image"]) as picture:
-                assert picture.size == (96, 96)
-                assert ("synthetic" in picture.info) == (task != "report")  # what is given was not generated
+            assert (first["image"] is None) == (task == "report")
+            with PIL.Image.open(out / first["real_image"]) as picture:
+                assert picture.size == (96, 96) and "synthetic" not in picture.info
+            if first["image"]:
+                with PIL.Image.open(out / first["image"]) as picture:
+                    assert picture.size == (96, 96) and "synthetic" in picture.info
     # a pathology report that is given is read back, and measured real tiles agree with their reports
     pathology = results["domains"]["pathology"]
     assert pathology["tasks"]["report"]["figures"]["coherence"]["ceiling"] == 1.0
