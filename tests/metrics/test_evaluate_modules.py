@@ -43,3 +43,10 @@ def test_coherence(load):
     assert scores["floor"] == pytest.approx(0.4)  # only b of the second meets b of the first
     with pytest.raises(ValueError, match="not among those given"):
         metric.compute(predictions=[["z"]], references=[["a"]], findings=["a", "b"])
+
+
+def test_rule_f1(load):
+    metric = load("rule_f1")
+    texts = {"predictions": ["Small effusion.", ""], "references": ["Possible effusion.", "Cardiomegaly."]}
+    assert metric.compute(**texts) == pytest.approx({"rule_f1": 2 / 3, "rule_f1-5": 2 / 3, "rule_f1_example": 0.5})
+    assert metric.compute(**texts, doubt=False)["rule_f1"] == 0.0
