@@ -218,7 +218,8 @@ def memorised(
                 "distance": float(found["made"].distance[number]),
             }
         )
-    return figures | {"extractor": f"{extractor.name}@{extractor.side}", "closest": closest}
+    by = f"{extractor.name}@{extractor.side}"
+    return {f"{name}/{by}": figure for name, figure in figures.items()} | {"closest": closest}
 
 
 def _relative(path: Path, out: Path) -> str:
