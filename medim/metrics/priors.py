@@ -75,7 +75,8 @@ _PHRASES = re.compile(
     | \bunchanged\b | \bno\s+longer\b | \bin\s+the\s+(?:interim|interval)\b
     | \bno\s+(?:significant|appreciable|substantial|relevant|definite|obvious|gross|notable|other|overall|\s)*
         change\b(?!\s+in\s+(?:management|therapy))
-    | \b(?:little|minimal|any|significant|with(?:out)?)\s+change\s+(?:from|since|compared|in\s+(?:the\s+)?(?:appearance|size|position))
+    | \b(?:little|minimal|any|significant|with(?:out)?)\s+change\s+
+        (?:from|since|compared|in\s+(?:the\s+)?(?:appearance|size|position))
     | (?<!short\s)(?<!short-)(?<!regular\s)\binterval(?:ly)?\s+(?!follow){_CHANGE}
     | \b(?:once\s+)?again\s+(?:{_SEEN}|is|are|appears?|there)\b | \b(?:{_SEEN})\s+again\b | \bre-?demonstrat
     | \bnew(?:ly)?\s+(?:or\s+\w+\s+)?{_WORD}{{0,3}}?{_FINDING} | \bnew\s+(?:since|from|compared)\b
@@ -85,8 +86,8 @@ _PHRASES = re.compile(
     | \b(?:increasing|decreasing|enlarging|worsening|improving|resolving|progressing|worsened|improved|improvement)\b
         (?!\s+{_COMPLAINT})
     | \bprogression\s+of\b | \bresolution\s+of\b | \bresolved\b
-    | \b(?:increased?|decreased?|larger|smaller|worse|better|greater|less)\b[^.;]{{0,40}}?\b(?:from|since|compared\s+(?:to|with)|than)\s+
-        (?:the\s+)?(?:prior|previous|last|before|earlier|{_DATE})
+    | \b(?:increased?|decreased?|larger|smaller|worse|better|greater|less)\b[^.;]{{0,40}}?
+        \b(?:from|since|compared\s+(?:to|with)|than)\s+(?:the\s+)?(?:prior|previous|last|before|earlier|{_DATE})
     | \bremain(?:s|ed)?\b(?!\s+in\s+the\s+differential) | \bpersist(?:s|ed|ing|ent|ently)?\b(?!\s+{_COMPLAINT})
     | (?<!hemodynamically\s)(?<!haemodynamically\s)(?<!clinically\s)(?<!medically\s)(?<!otherwise\s)
         \bstable\b(?!\s+(?:angina|condition|vital|patient|fracture\s+pattern|on\s+room))

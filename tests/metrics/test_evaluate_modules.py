@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 
+from medim.errors import UserError
+from medim.metrics.text import TEXT_METRICS, figures
+
 EVAL = Path(__file__).parents[2] / "eval" / "metrics"
 
 
@@ -50,3 +53,19 @@ def test_rule_f1(load):
     texts = {"predictions": ["Small effusion.", ""], "references": ["Possible effusion.", "Cardiomegaly."]}
     assert metric.compute(**texts) == pytest.approx({"rule_f1": 2 / 3, "rule_f1-5": 2 / 3, "rule_f1_example": 0.5})
     assert metric.compute(**texts, doubt=False)["rule_f1"] == 0.0
+
+
+TEXTS = {"predictions": ["The heart is unchanged.", ""], "references": ["The heart is normal.", "No effusion."]}
+
+
+@pytest.mark.parametrize("name", sorted(TEXT_METRICS.keys() - {"bleu", "rouge_l", "empty"}))
+def test_the_others_are_our_functions(load, name: str) -> None:
+    metric = load(name)
+    texts = TEXTS if TEXT_METRICS[name].needs_reference else {"predictions": TEXTS["predictions"]}
+    try:
+        wanted = figures(name, *TEXTS.values())
+    except UserError as error:  # a package that is not here
+        with pytest.raises(UserError, match=r"install|nltk"):
+            metric.compute(**texts)
+        pytest.skip(str(error))
+    assert metric.compute(**texts) == pytest.approx(wanted, nan_ok=True)
