@@ -82,7 +82,7 @@ def of_open_i(count: int | None) -> tuple[list[str], list[set[str]]] | None:
                 continue
             headings = {(tag.text or "").split("/")[0].strip() for tag in tree.iter("major")}
             parts = ((part.get("Label", ""), " ".join((part.text or "").split())) for part in tree.iter("AbstractText"))
-            if headings - {"no indexing"}:
+            if headings != {"No Indexing"}:
                 texts.append("\n".join(f"{name}: {words}" for name, words in parts if words))
                 tags.append(headings)
     return texts[:count], tags[:count]

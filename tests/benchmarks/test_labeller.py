@@ -41,7 +41,7 @@ def test_figures(packages: Path, capsys: pytest.CaptureFixture[str]):
     with tarfile.open(packages / "torchxrayvision/data/NLMCXR_reports.tgz", "w:gz") as archive:
         for name, words, tag in (
             ("1", "Heart is enlarged.", "Cardiomegaly/mild"), ("2", "Emphysema.", "normal"),
-            ("3", "Cardiomegaly.", "no indexing"),
+            ("3", "Cardiomegaly.", "No Indexing"),
         ):  # fmt: skip
             raw = REPORT.format(words, tag).encode()
             entry = tarfile.TarInfo(f"{name}.xml")
