@@ -41,26 +41,10 @@ VETOES = {
 }  # fmt: skip
 
 GAP = 5  # words that may stand between those of a phrase, and not one of these:
-_BARRIERS = frozenset(
-    (
-        ",",
-        "?",
-        "or",
-        "nor",
-        "with",
-        "without",
-        "versus",
-        "vs",
-        "behind",
-        "due",
-        "from",
-        "no",
-        "normal",
-        "demonstrates",
-        "shows",
-        "reveals",
-    )
-)
+_BARRIERS = frozenset((
+    ",", "?", "or", "nor", "with", "without", "versus", "vs", "behind", "due", "from", "no", "normal", "demonstrates",
+    "shows", "reveals",
+))  # fmt: skip
 _FIXED = frozenset((*_BARRIERS, "and"))  # a phrase with one of these stands as it is
 
 _HEADING = re.compile(r"(?:(?<=[\n.;?!_])|^)[ \t]*([A-Z][A-Za-z/()&, -]{2,45}?)[ \t]*:")

@@ -68,7 +68,12 @@ SENTENCES = [
     ("No large effusion, mild edema, or pneumothorax.", {EFFUSION: A, EDEMA: A, PTX: A}),
     ("Atelectasis without effusion.", {"atelectasis": P, EFFUSION: A}),
     ("Effusion: moderate. Pneumothorax: absent.", {EFFUSION: P, PTX: A}),
+    ("No evidence of pneumonia, however, a subtle consolidation may be present.", {"pneumonia": A, "consolidation": U}),
+    ("There is no pneumothorax with a small left effusion.", {PTX: A, EFFUSION: P}),
+    ("Mild cardiomegaly with no edema and small effusions.", {HEART: P, EDEMA: A, EFFUSION: P}),
+    ("Without pneumothorax or effusion, the lungs show atelectasis.", {PTX: A, EFFUSION: A, "atelectasis": P}),
     # a "no" that denies nothing
+    ("Not without effusion.", {EFFUSION: P}),
     ("No change in the moderate pleural effusion.", {EFFUSION: P}),
     ("No significant interval change in pulmonary edema.", {EDEMA: P}),
     ("The pneumothorax has not resolved.", {PTX: P}),
