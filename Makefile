@@ -33,8 +33,8 @@ $(STAMP): pyproject.toml constraints.txt
 	esac || { echo "make: no .venv was made with '$(PYTHON)' and TORCH=$$torch; remove .venv and try again with" \
 	    "another PYTHON, or with TORCH=pinned" >&2; exit 1; }
 	@$(RUN) -m pip install -q --disable-pip-version-check -c .venv/constraints.txt -e ".[train,deepspeed,eval,data,dev]"
-	@# its requirements would replace torch: see pyproject.toml
-	@$(RUN) -m pip install -q --disable-pip-version-check -c .venv/constraints.txt --no-deps taming-transformers-rom1504
+	@# their requirements would replace torch, or are not needed: see pyproject.toml
+	@$(RUN) -m pip install -q --disable-pip-version-check -c .venv/constraints.txt --no-deps taming-transformers-rom1504 pycocoevalcap
 	@touch $@
 
 demo: $(STAMP)  ## train the demo model further, sample pairs, evaluate, say where the pictures are
