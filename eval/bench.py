@@ -123,6 +123,14 @@ def evaluate(
         bench = Bench(
             protocol, args.out, model, args.predictions, weights, args.batch_size, rank, world, progress, args.check
         )
+        if protocol.downstream:
+            from eval import downstream
+
+            made = downstream.synthesise(bench)
+            progress.close()
+            if rank:
+                return None
+            return {"protocol": asdict(protocol), "downstream": downstream.run(bench, args, made)}, {}
         if model:
             for domain, some in studies.items():
                 for task in protocol.tasks:

@@ -83,11 +83,11 @@ def _main(argv: Sequence[str]) -> int:
     else:
         print(table(lines, str(args.first), str(args.second)))
     if args.out:
-        _save_page(args.out, lines, args.first, args.second)
+        save_page(args.out, lines, args.first, args.second)
     return 0
 
 
-def _save_page(path: Path, lines: Sequence[Line], first: Path, second: Path) -> None:
+def save_page(path: Path, lines: Sequence[Line], first: Path, second: Path) -> None:
     try:
         from eval import page
     except ModuleNotFoundError as error:

@@ -58,6 +58,22 @@ class Memorisation:
 
 
 @options
+class Downstream:
+    """A report generator trained on real studies, and one on the same and synthetic ones: `eval.downstream`.
+
+    Attributes:
+        real, synthetic: studies a domain; `real: 0` takes all of the split train.
+        train: the config of both.
+        overrides: of it, as on train.py's command line.
+    """
+
+    synthetic: Positive
+    train: str
+    real: Count = 0
+    overrides: tuple[str, ...] = ()
+
+
+@options
 class Published:
     """What another system is said to reach, shown beside ours.
 
@@ -107,6 +123,7 @@ class Protocol:
     likelihood: Likelihood = Likelihood()
     rank: Rank = Rank()
     memorisation: Memorisation = Memorisation()
+    downstream: Downstream | None = None
     seeds: tuple[Count, ...] = (0,)
     bootstrap: Positive = 1000
     published: tuple[Published, ...] = ()

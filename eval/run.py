@@ -121,7 +121,7 @@ def _others(argv: Sequence[str], processes: int) -> Iterator[Callable[[], None]]
             process.terminate()
             process.wait()
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-            del os.environ[name]
+            os.environ.pop(name, None)
 
 
 def evaluate(protocol: Protocol, args: argparse.Namespace) -> None:
@@ -135,6 +135,11 @@ def evaluate(protocol: Protocol, args: argparse.Namespace) -> None:
     if made is None:  # another process scores
         return
     results, sums = made
+    if protocol.downstream:
+        whole = json.dumps(_plain(results | {"model": args.model}), indent=1, allow_nan=False)
+        write(args.out / "results.json", whole + "\n")
+        print(f"\nresults: {args.out / 'results.json'}\nreport:  {args.out / 'report.html'}")
+        return
     results = {
         "model": args.model or str(args.predictions),
         "protocol_file": args.protocol,

@@ -73,7 +73,7 @@ class Sums:
     def mean(cls, values: Sequence[float]) -> Sums:
         """Of one value a study; NaN where it is undefined: such a study does not count."""
         found = np.asarray(values, dtype=float)
-        return cls(np.stack([np.nan_to_num(found), np.isfinite(found)], axis=-1).astype(float))
+        return cls(np.stack([np.where(np.isfinite(found), found, 0.0), np.isfinite(found)], axis=-1).astype(float))
 
     @property
     def value(self) -> float:

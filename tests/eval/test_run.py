@@ -207,3 +207,24 @@ def test_seeds_are_pooled(tmp_path, protocol, tiny_model):
     rows = json.loads((out / "results.json").read_text())["domains"]["pathology"]["tasks"]["pair"]["rows"]
     assert [(row["study"][-1], row["seed"]) for row in rows] == [("0", 0), ("1", 0), ("0", 7), ("1", 7)]
     assert rows[0]["report"] != rows[2]["report"]
+
+
+def test_downstream_trains_both_arms_and_compares_them(capsys, tmp_path, tiny_model):
+    out, path = tmp_path / "out", Path(__file__).parents[2] / "eval" / "downstream.yaml"
+    steps = "train.steps=2,train.batch_size=2,train.checkpoint_every=1,train.precision=fp32,train.warmup=1"
+    shape = "hidden_size=32,num_hidden_layers=1,num_attention_heads=2,num_key_value_heads=2,intermediate_size=32"
+    small = ",".join([steps, *(f"model.backbone.{one}" for one in shape.split(","))])
+    command = [str(path), "--model", str(tiny_model), "--out", str(out), "studies=3", "text=[bleu]", "bootstrap=50",
+               "domains=[pathology]", "downstream.real=6", "downstream.synthetic=3",
+               f"downstream.overrides=[{small}]"]  # fmt: skip
+    assert main(command) == 0
+    found = json.loads((out / "results.json").read_text())["downstream"]
+    assert found["studies"]["real"] == 6 and found["studies"]["synthetic"] <= 3
+    assert "pathology/report/bleu-1" in found["figures"]
+    assert "<html" in (out / "report.html").read_text()
+    assert {path.name for path in (out / "training").iterdir()} == {"real", "both"}
+    both, real = ((out / "training" / arm / "config.yaml").read_text() for arm in ("both", "real"))
+    assert "prepared/synthetic" in both and "prepared/synthetic" not in real
+    capsys.readouterr()
+    assert main(command) == 0  # all of it is there already
+    assert "trained to the end already" in capsys.readouterr().err
