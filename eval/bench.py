@@ -212,7 +212,7 @@ def _domain(
         sums |= {f"{domain}/{task}/{name}": one for name, one in found.pop("sums").items()}
         for row, study in zip(found["rows"], (one.study for one in some), strict=True):
             made = None if row["image"] is None else _relative(row["image"], bench.out)
-            row |= {"task": task, "domain": domain, "image": made, "real_image": real.files[study.id]}
+            row |= {"task": task, "domain": domain, "image": made, "real_image": real.files.get(study.id)}
         cost = {name: sum(row.get(name, 0) for row in found["rows"]) for name in ("forward_passes", "seconds")}
         tasks[task] = found | cost
     nll, more = _likelihood_figures(likelihood(bench, domain, limit)) if bench.model else ({}, {})
@@ -244,7 +244,7 @@ def _real(
     files: list[list[Path]] = [[], []]
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
-    for study in studies:
+    for study in studies if all(study.images for study in studies) else ():
         name = f"{key_of({'study': study.id, 'side': 0 if bench.model else side})}.png"
         if not (folders[0] / name).is_file():
             picture = bench.prepare(study, side, min(wanted, len(study.images) - 1))
@@ -259,7 +259,7 @@ def _real(
     pictures, again = Stored(files[0]), Stored(files[1]) if bench.model else None
     real = Real.read(domain, studies, pictures, again, bench.protocol.data.source == "demo")
     relative = [_relative(str(path), bench.out) for path in files[0]]
-    real.files.update(zip((study.id for study in studies), relative, strict=True))
+    real.files.update(zip((study.id for study in studies), relative, strict=False))  # none where there are no images
     tokenizer = {}
     if again is not None:
         tokenizer = {

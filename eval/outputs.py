@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,6 +13,7 @@ from typing import Any
 import PIL.Image
 
 from eval.protocol import Protocol, TaskName
+from eval.studies import NUMBERED, PICTURES, plain_key
 from medim.cli.common import read_lines as listing
 from medim.data.sources.base import read_text
 from medim.data.studies import Study
@@ -23,8 +23,7 @@ from medim.pipeline import MeDiM, Request
 from medim.sampling import Sampling
 from medim.vocabulary import MODALITIES
 
-PICTURES = (".png", ".jpg", ".jpeg")
-NUMBERED = re.compile(r"(image|text)_(.+)")
+GENERATED = ("generated", "predictions", "responses", "response", "pred")  # names of a subfolder
 STATS = ("forward_passes", "seconds", "plan", "guidance")
 POLL = 0.5  # seconds between two looks at what other processes have written
 
@@ -209,16 +208,16 @@ class Ledger:
 def read_predictions(folder: Path, domain: str, task: TaskName, studies: Sequence[Study]) -> list[Output]:
     """Outputs of any system for these studies.
 
-    The folder, or its subfolder ``DOMAIN-TASK``, holds a ``manifest.jsonl`` of ours (lines with ``study`` or ``id``,
-    ``image``, ``report``), or files ``image_KEY.png`` (or jpg) and ``text_KEY.txt``, or ``KEY.png`` and ``KEY.txt``;
+    The folder, or its subfolder ``DOMAIN-TASK`` or ``generated``, holds a ``manifest.jsonl`` of ours (lines with
+    ``study`` or ``id``, ``image``, ``report``), or files ``image_KEY.png`` (or jpg) and ``text_KEY.txt``, or ``KEY.png`` and ``KEY.txt``;
     KEY is the id of the study or its number in the protocol's order, from 0. What is missing, empty or broken has
     failed.
 
     Raises:
         UserError: no such folder, or nothing in it belongs to a study.
     """
-    inner = folder / f"{domain}-{task}"
-    place = inner if inner.is_dir() else folder
+    inside = (folder / name for name in (f"{domain}-{task}", *GENERATED))
+    place = next((inner for inner in inside if inner.is_dir()), folder)
     if not place.is_dir():
         raise UserError(f"--predictions {folder}: no such folder")
     listed = _from_manifest(place, studies) if any(place.glob("manifest*.jsonl")) else _from_files(place, studies)
@@ -254,7 +253,8 @@ def _from_manifest(place: Path, studies: Sequence[Study]) -> Found:
 
 
 def _from_files(place: Path, studies: Sequence[Study]) -> Found:
-    by_name = {_plain(study.id): study.id for study in studies}
+    by_name = {plain_key(study.id): study.id for study in studies}
+    in_order = not any(study.id.isdecimal() for study in studies)  # else a number is the study's own
     found = Found()
     for path in sorted(path for path in place.iterdir() if path.is_file()):
         suffix = path.suffix.lower()
@@ -262,18 +262,13 @@ def _from_files(place: Path, studies: Sequence[Study]) -> Found:
             continue
         numbered = NUMBERED.fullmatch(path.stem)
         key = numbered[2] if numbered else path.stem
-        name = by_name.get(_plain(key))
-        if name is None and numbered and key.isdecimal() and int(key) < len(studies):
+        name = by_name.get(plain_key(key))
+        if name is None and in_order and numbered and key.isdecimal() and int(key) < len(studies):
             name = studies[int(key)].id
         if name is not None:
             image, report = found.get((name, 0), (None, ""))
             found[name, 0] = (image, read_text(path)) if suffix == ".txt" else (path, report)
     return found
-
-
-def _plain(id: str) -> str:
-    """An id as a file may be called by it."""
-    return re.sub(r"[^0-9A-Za-z.-]", "_", id)
 
 
 def _checked(study: Study, seed: int, image: Path | None, report: str, task: TaskName) -> Output:

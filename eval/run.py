@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import medim
-from eval.protocol import Protocol
+from eval.protocol import DataOptions, Protocol
+from eval.studies import REFERENCES
 from medim.cli import run
 from medim.config import load
 from medim.errors import UserError
@@ -34,6 +35,7 @@ HELP = """Evaluate a model, or the outputs of any system, by a protocol.
   python -m eval.run eval/demo.yaml --model demo --out out/eval --limit 4      # a small run
   python -m eval.run eval/mimic_cxr_report.yaml data.root=/data/mimic-cxr-jpg --model M --out DIR --processes 8
   python -m eval.run eval/pathgen_report.yaml data.root=/data/pathgen --predictions THEIRS --out DIR
+  python -m eval.run eval/pathgen_report.yaml --predictions THEIRS --references GT --out DIR
 
 Any setting of the protocol can be changed: a.b=c. THEIRS is a folder of image_KEY.png and text_KEY.txt, KEY being the
 study or its number in the protocol's order from 0, or a manifest.jsonl as sample.py writes it. Missing, empty and
@@ -44,6 +46,7 @@ broken outputs are counted and score zero. Writes to DIR:
   samples/       the generated images and a manifest.jsonl for each task
 A run that was stopped goes on where it was when the same command is given again."""
 IDENTITY = "run.json"
+GT = ("gt", "gt_dir", "real", "references")  # folders of real outputs beside others' own
 PACKAGES = ("torch", "transformers", "sacrebleu", "rouge-score", "scikit-image")
 
 
@@ -64,6 +67,10 @@ def _main(argv: Sequence[str]) -> int:
     who = parser.add_mutually_exclusive_group(required=True)
     who.add_argument("--model", help="a model folder, or `demo` for the shipped one")
     who.add_argument("--predictions", type=Path, metavar="DIR", help="outputs of any system")
+    real = (
+        "text_KEY.txt, image_KEY.png that are real, instead of the protocol's data (default: DIR/gt of --predictions)"
+    )
+    parser.add_argument("--references", type=Path, metavar="DIR", help=real)
     parser.add_argument("--out", help="folder of the results, new or of the same evaluation (runs/eval/PROTOCOL-NAME)")
     parser.add_argument("--limit", type=int, help="at most so many studies a domain: a quick look")
     parser.add_argument("--seed", type=int, help="of the samples (default: the protocol's)")
@@ -80,6 +87,12 @@ def _main(argv: Sequence[str]) -> int:
     protocol = load(args.protocol, args.overrides, Protocol)
     if args.seed is not None:
         protocol = replace(protocol, seeds=(args.seed,))
+    if args.predictions and not args.references and not protocol.data.root:
+        args.references = next((one for name in GT if (one := args.predictions / name).is_dir()), None)
+    if args.references:
+        if args.model:
+            raise UserError("--references goes with --predictions; a model is given studies: data.source, data.root")
+        protocol = replace(protocol, data=DataOptions(REFERENCES, str(args.references)))
     if not protocol.seeds:
         raise UserError("seeds: give one at least")
     args.out = Path(args.out or _default_out(args))

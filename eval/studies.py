@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import re
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +15,14 @@ from medim.config import load
 from medim.data import embedded
 from medim.data.reports import prepare_report
 from medim.data.sources import SOURCES
-from medim.data.studies import Skipped, Study
+from medim.data.sources.base import read_text
+from medim.data.studies import Image, Skipped, Study
 from medim.errors import UserError
 from medim.vocabulary import MODALITIES
 
+PICTURES = (".png", ".jpg", ".jpeg")
+NUMBERED = re.compile(r"(image|text)_(.+)")
+REFERENCES = "references"  # the source that is a folder of real outputs
 PATIENTS = 10  # below, an interval over patients says nothing
 STUDY_SEED = 0  # the split stays the same whatever seed the sampling has
 
@@ -39,6 +45,11 @@ def read_studies(protocol: Protocol, split: str, count: int) -> dict[str, list[S
         if count < 1:
             raise UserError("studies: 0: the embedded studies are endless; say how many")
         return {d: [embedded.DOMAINS[d](STUDY_SEED, i, split) for i in range(count)] for d in protocol.domains}
+    if protocol.data.source == REFERENCES:
+        if len(protocol.domains) != 1:
+            raise UserError(f"domains: real outputs in a folder are of one domain; add domains=[{protocol.domains[0]}]")
+        studies = references(Path(protocol.data.root), protocol.domains[0], split)
+        return {protocol.domains[0]: studies[: count or None]}
     found: dict[str, list[Study]] = {domain: [] for domain in protocol.domains}
     for study in _archive(protocol):
         if study.split == split and (domain := study.images[0].modality) in found:
@@ -56,7 +67,10 @@ def _archive(protocol: Protocol) -> Iterator[Study]:
     if data.source not in SOURCES:
         raise UserError(f"data.source: unknown {data.source!r}: one of {', '.join(SOURCES)}")
     if not data.root:
-        raise UserError(f"data.root: the protocol needs the {data.source} archive; add data.root=DIR to the command")
+        raise UserError(
+            f"data.root: the protocol needs the {data.source} archive: add data.root=DIR to the command (or, for "
+            "outputs of others, --references DIR of real ones)"
+        )
     if not Path(data.root).exists():
         raise UserError(f"data.root: {data.root}: no such file or folder")
     source = SOURCES[data.source]
@@ -68,6 +82,36 @@ def _archive(protocol: Protocol) -> Iterator[Study]:
         report = prepare_report(study.report, data.reports)
         if report or protocol.tasks == ("translate",):
             yield replace(study, report=report)
+
+
+def references(folder: Path, domain: str, split: str = "test") -> list[Study]:
+    """Real outputs as the MeDiM authors' scripts take them: ``text_KEY.txt`` and ``image_KEY.png`` (or jpg), or either.
+
+    In the order of their numbers; the texts as they are.
+
+    Raises:
+        UserError: no such folder, or no such file in it.
+    """
+    if not folder.is_dir():
+        raise UserError(f"--references {folder}: no such folder")
+    texts: dict[str, str] = {}
+    images: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        numbered = NUMBERED.fullmatch(path.stem)
+        if numbered and path.suffix.lower() == ".txt":
+            texts[plain_key(numbered[2])] = read_text(path)
+        elif numbered and path.suffix.lower() in PICTURES:
+            images[plain_key(numbered[2])] = path
+    keys = sorted(texts | images, key=lambda key: (len(key), key) if key.isdecimal() else (sys.maxsize, key))
+    if not keys:
+        raise UserError(f"--references {folder}: no text_KEY.txt and no image_KEY.png in it")
+    shown = {key: (Image(domain, images[key]),) if key in images else () for key in keys}
+    return [Study(key, key, shown[key], texts.get(key, ""), split=split, source=REFERENCES) for key in keys]
+
+
+def plain_key(key: str) -> str:
+    """A key without what file names may not hold, a number without leading zeros."""
+    return str(int(key)) if key.isdecimal() else re.sub(r"[^0-9A-Za-z.-]", "_", key)
 
 
 def _dotted(tree: dict[str, Any]) -> list[str]:

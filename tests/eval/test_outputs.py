@@ -9,9 +9,12 @@ import PIL.Image
 import pytest
 
 from eval.outputs import Ledger, read_predictions
+from eval.run import main
+from eval.studies import references
 from medim.data.studies import Study
 from medim.errors import UserError
 
+PATHGEN = str(Path(__file__).parents[2] / "eval" / "pathgen_report.yaml")
 STUDIES = [Study(f"p1/s{i}", f"p{i // 2}", (), f"Report {i}.") for i in range(4)]
 
 
@@ -91,3 +94,44 @@ def test_a_ledger_survives_kills_and_is_shared(tmp_path: Path) -> None:
 
     with pytest.raises(UserError, match="process 1"):
         again.wait(["z"], gone)
+
+
+def test_the_layout_of_the_authors_scripts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """response_dir/text_I.txt against gt_dir/text_I.txt, 5% of them missing: counted, and zero."""
+    theirs, real = tmp_path / "theirs", tmp_path / "theirs" / "gt"
+    real.mkdir(parents=True)
+    for i in range(40):
+        words = f"Dense lymphoid tissue number {i} with pink collagen and small nuclei."
+        (real / f"text_{i}.txt").write_text(words)
+        if i % 20 != 3:
+            (theirs / f"text_{i}.txt").write_text(words)
+    (theirs / "text_99.txt").write_text("belongs to no reference")
+    out = tmp_path / "out"
+    command = [PATHGEN, "--predictions", str(theirs), "--out", str(out), "text=[bleu,rouge_l,bleu_medim]"]
+    assert main(command) == 0
+    found = json.loads((out / "results.json").read_text())["domains"]["pathology"]["tasks"]["report"]
+    assert found["failed"] == 2 and len(found["rows"]) == 40
+    assert [row["study"] for row in found["rows"] if row["failed"]] == ["3", "23"]
+    for name in ("rouge_l", "bleu_medim-1", "bleu_medim-4"):
+        assert found["figures"][name]["value"] == pytest.approx(38 / 40), name
+    assert found["figures"]["failed"]["value"] == pytest.approx(0.05)
+    assert "no report" in (out / "report.html").read_text()
+    capsys.readouterr()
+    elsewhere = [*command[:3], "--references", str(tmp_path / "none"), "--out", str(tmp_path / "o")]
+    assert main(elsewhere) == 2 and "no such folder" in capsys.readouterr().err
+    assert main([PATHGEN, "--model", "demo", "--references", str(real)]) == 2
+    assert "goes with --predictions" in capsys.readouterr().err
+    real.rename(tmp_path / "elsewhere")
+    assert main([*command[:3], "--out", str(tmp_path / "o")]) == 2
+    assert "--references DIR of real ones" in capsys.readouterr().err
+
+
+def test_references_with_images(tmp_path: Path) -> None:
+    for i in (2, 10, 1):
+        picture(tmp_path / f"image_{i:03d}.png")
+    (tmp_path / "text_10.txt").write_text("Ten.")
+    assert [(s.id, len(s.images), s.report) for s in references(tmp_path, "xray")] == [
+        ("1", 1, ""),
+        ("2", 1, ""),
+        ("10", 1, "Ten."),
+    ]
