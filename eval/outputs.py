@@ -209,9 +209,9 @@ def read_predictions(folder: Path, domain: str, task: TaskName, studies: Sequenc
     """Outputs of any system for these studies.
 
     The folder, or its subfolder ``DOMAIN-TASK`` or ``generated``, holds a ``manifest.jsonl`` of ours (lines with
-    ``study`` or ``id``, ``image``, ``report``), or files ``image_KEY.png`` (or jpg) and ``text_KEY.txt``, or ``KEY.png`` and ``KEY.txt``;
-    KEY is the id of the study or its number in the protocol's order, from 0. What is missing, empty or broken has
-    failed.
+    ``study`` or ``id``, ``image``, ``report``), or files ``image_KEY.png`` (or jpg) and ``text_KEY.txt``, or
+    ``KEY.png`` and ``KEY.txt``; KEY is the id of the study or its number in the protocol's order, from 0. What is
+    missing, empty or broken has failed.
 
     Raises:
         UserError: no such folder, or nothing in it belongs to a study.
