@@ -28,6 +28,7 @@ TASKS = {
 DRAWN = {"agree": "told and drawn", "missing": "told, not drawn", "invented": "drawn, not told"}
 SHOWED = {"agree": "shown and told", "missing": "shown, not told", "invented": "told, not shown"}
 
+DISTANCES = ("fid", "fid_infinity", "kid")
 LABELS = {
     "failed": "Failed outputs",
     "coherence": "Coherence, F1",
@@ -43,6 +44,7 @@ LABELS = {
     "distinct_2": "Distinct-2",
     "invented_prior": "Invented prior studies",
     "fid": "FID",
+    "fid_infinity": "FID∞",
     "kid": "KID",
     "ms_ssim": "MS-SSIM",
     "psnr": "PSNR, dB",
@@ -307,10 +309,14 @@ def _row(
 
 
 def _label(name: str) -> str:
-    """A figure's name for people, without the details behind its first slash."""
-    base = name.partition("/")[0]
+    """A figure's name for people, without the details behind its first slash.
+
+    Only what Inception measures is called FID or KID; other networks' distances carry their names.
+    """
+    base, _, detail = name.partition("/")
     plain = base.replace("_", " ").replace(" f1", " F1")
-    return LABELS.get(base, plain[:1].upper() + plain[1:])
+    label, network = LABELS.get(base, plain[:1].upper() + plain[1:]), detail.partition("@")[0]
+    return f"{label}-{network}" if base in DISTANCES and network not in ("", "inception") else label
 
 
 def _findings(tasks: Mapping[str, Any]) -> dict[str, Any]:

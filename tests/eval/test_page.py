@@ -294,3 +294,14 @@ def test_in_a_browser(which, width, scheme, browser, tmp_path, request):
         assert float(shown["xray", "likelihood", "text_bits_per_token"][0]) == 1.234
         assert float(shown["xray", "tokenizer", "psnr"][0]) == 27.12
         assert float(shown["xray", "memorisation", "copies/vq"][0]) == 0.02
+
+
+def test_only_inception_measures_fid():
+    names = (
+        "fid/inception@299/png/n=5",
+        "fid/vq@96/png/n=5",
+        "kid/rad-dino@518/png/n=5",
+        "fid",
+        "recall/vq@96/png/n=5",
+    )
+    assert [page._label(name) for name in names] == ["FID", "FID-vq", "KID-rad-dino", "FID", "Recall"]
