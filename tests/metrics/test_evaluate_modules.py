@@ -58,7 +58,11 @@ def test_rule_f1(load):
 TEXTS = {"predictions": ["The heart is unchanged.", ""], "references": ["The heart is normal.", "No effusion."]}
 
 
-@pytest.mark.parametrize("name", sorted(TEXT_METRICS.keys() - {"bleu", "rouge_l", "empty"}))
+OTHERS = sorted(TEXT_METRICS.keys() - {"bleu", "rouge_l", "empty", "meteor"})
+SLOW = pytest.param("meteor", marks=pytest.mark.slow)  # its jar takes seconds a call
+
+
+@pytest.mark.parametrize("name", [*OTHERS, SLOW])
 def test_the_others_are_our_functions(load, name: str) -> None:
     metric = load(name)
     texts = TEXTS if TEXT_METRICS[name].needs_reference else {"predictions": TEXTS["predictions"]}

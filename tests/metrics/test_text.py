@@ -153,7 +153,10 @@ def test_cider_and_meteor_are_pycocoevalcaps(pairs: tuple[list[str], list[str]])
     assert score != pytest.approx(np.mean(each), abs=1e-3)  # the corpus figure is no mean
 
 
-@pytest.mark.parametrize("name", sorted(text.TEXT_METRICS))
+SLOW = pytest.mark.slow  # METEOR's jar takes seconds a call
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=SLOW if n == "meteor" else ()) for n in text.TEXT_METRICS])
 def test_order_does_not_matter_and_rows_make_the_figure(name: str, pairs: tuple[list[str], list[str]]) -> None:
     metric = text.TEXT_METRICS[name]
     try:
