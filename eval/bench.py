@@ -178,9 +178,7 @@ def _check(protocol: Protocol, args: argparse.Namespace, model: MeDiM | None) ->
     if model is None:
         if not args.predictions.is_dir():
             raise UserError(f"--predictions {args.predictions}: no such folder")
-        if protocol.likelihood.studies or protocol.rank.studies:
-            return  # they need a model, and are left out
-        return
+        return  # what needs a model, likelihood and ranking, is left out
     unknown = [domain for domain in protocol.domains if domain not in model.domains]
     if unknown:
         known = ", ".join(model.domains)
@@ -220,7 +218,7 @@ def _domain(
     figures: dict[str, Any] = {"studies": len(studies), "tokenizer": tokenizer, "tasks": tasks, "nll": nll}
     if bench.model and bench.protocol.rank.studies:
         bench.say(f"{domain}: ranking")
-        figures["rank"] = rank_accuracy(bench, domain, studies, limit)
+        figures["rank"] = scoring.attempt("rank", lambda: rank_accuracy(bench, domain, studies, limit))
     if bench.protocol.memorisation.studies:
         from eval.images import memorised
 

@@ -1,0 +1,90 @@
+"""Protocols on miniatures of archives, translation, and what only a model has: ranking, nearness to training images."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from eval.run import main
+
+EVAL = Path(__file__).parents[2] / "eval"
+
+
+def picture(path: Path, seed: int, side: int = 64) -> PIL.Image.Image:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    coarse = np.random.default_rng(seed).integers(0, 255, (8, 8), dtype=np.uint8)
+    image = PIL.Image.fromarray(coarse).resize((side, side), PIL.Image.Resampling.BICUBIC)
+    image.save(path)
+    return image
+
+
+def figures(out: Path, domain: str, task: str) -> dict[str, dict[str, float]]:
+    results = json.loads((out / "results.json").read_text(), parse_constant=pytest.fail)
+    return results["domains"][domain]["tasks"][task]["figures"]
+
+
+def test_a_folder_as_the_authors_have_it(tmp_path: Path, tiny_model: Path) -> None:
+    root = tmp_path / "pathgen" / "test"
+    for i in range(6):
+        picture(root / f"TCGA-05-{i}_1_2.png", i)
+        (root / f"TCGA-05-{i}_1_2.txt").write_text(f"Dense tissue, field {i}.")
+    out = tmp_path / "out"
+    command = [str(EVAL / "pathgen_report.yaml"), "data.source=folder", f"data.root={tmp_path / 'pathgen'}"]
+    given = ["text=[bleu]", "--model", str(tiny_model), "--out", str(out), "--limit", "4"]
+    assert main([*command, *given]) == 0
+    results = json.loads((out / "results.json").read_text())
+    found = results["domains"]["pathology"]["tasks"]["report"]
+    assert len(found["rows"]) == 4 and "coherence" not in found["figures"]
+    assert {"bleu-1", "failed"} <= found["figures"].keys() and found["findings"] == {}
+    assert results["interval_over"] == {"pathology": "4 patients"}
+    assert "MeDiM" in (out / "report.html").read_text()  # what is published stands beside
+
+
+def test_translation_by_others(tmp_path: Path) -> None:
+    root, theirs, lines = tmp_path / "data", tmp_path / "theirs", []
+    theirs.mkdir()
+    for i in range(12):
+        picture(root / f"{i}-t1.png", i)
+        wanted = picture(root / f"{i}-t2.png", 100 + i)
+        images = {"image": [f"{i}-t1.png", f"{i}-t2.png"], "view": ["t1", "t2"]}
+        lines.append({"id": f"s{i}", **images, "report": "", "modality": "mri", "patient": f"p{i}", "split": "test"})
+        if i != 5:
+            wanted.save(theirs / f"image_s{i}.png")
+    (root / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = [str(EVAL / "translation.yaml"), f"data.root={root / 'pairs.jsonl'}", "--predictions", str(theirs)]
+    assert main([*command, "--out", str(tmp_path / "out")]) == 0
+    found = figures(tmp_path / "out", "mri", "translate")
+    assert found["ssim"]["value"] == pytest.approx(11 / 12) and found["mae"]["value"] == pytest.approx(1 / 12)
+    assert found["psnr"]["value"] == pytest.approx(100 * 11 / 12) and found["failed"]["value"] == pytest.approx(1 / 12)
+    for i in range(12):  # the source instead of what was wanted
+        PIL.Image.open(root / f"{i}-t1.png").save(theirs / f"image_s{i}.png")
+    assert main([*command, "--out", str(tmp_path / "worse")]) == 0
+    worse = figures(tmp_path / "worse", "mri", "translate")
+    assert worse["ssim"]["value"] < 0.7 and worse["mae"]["value"] > 0.05 and worse["failed"]["value"] == 0
+
+
+def test_ranking_and_training_neighbours(tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    settings = ["domains=[pathology]", "tasks=[pair]", "text=[]", "image=[]", "studies=4", "bootstrap=50"]
+    more = ["likelihood.studies=2", "likelihood.n_times=2", "rank={studies: 2, candidates: 3, n_times: 2}"]
+    near = ["memorisation={studies: 8, extractor: vq}", "--out"]
+    assert (
+        main([str(EVAL / "demo.yaml"), *settings, *more, *near, str(tmp_path / "tiny"), "--model", str(tiny_model)])
+        == 0
+    )
+    left_out = json.loads((tmp_path / "tiny" / "results.json").read_text())["not_measured"]
+    assert "trained without condition dropout" in left_out["rank"]
+    assert main([str(EVAL / "demo.yaml"), *settings, *more, *near, str(out), "--model", "demo"]) == 0
+    found = json.loads((out / "results.json").read_text())["domains"]["pathology"]
+    assert found["rank"]["n"] == 2 and found["rank"]["chance"] == pytest.approx(1 / 3)
+    copies = found["memorisation"]
+    assert 0 <= copies["copy_rate/vq@96"]["value"] <= 1 and len(copies["closest"]) == 4
+    for one in copies["closest"]:
+        assert (out / one["generated"]).is_file() and (out / one["training"]).is_file()
+    distances = [one["distance"] for one in copies["closest"]]
+    assert distances == sorted(distances)
+    assert "right report found by likelihood" in capsys.readouterr().out
