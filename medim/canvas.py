@@ -43,10 +43,11 @@ class Row:
     segment: np.ndarray  # int64 [L], -1 at tags
     kind: np.ndarray  # int64 [L], index into KINDS, -1 at tags
     roles: tuple[int, ...]  # [S], index into ROLES
+    modalities: tuple[str, ...] = ()  # [S]
 
 
 def layout(segments: Sequence[Segment], vocabulary: Vocabulary) -> Row:
-    """Put segments in a row: ``<modality> <begin image> codes <end image>`` and ``<report> text``.
+    """Put segments in a row: ``<modality> <begin image> codes <end image>`` and ``<report> text`` (`Vocabulary.frame`).
 
     The inverse reads `Row.segment`: positions of segment s hold exactly its ids.
     """
@@ -59,17 +60,14 @@ def layout(segments: Sequence[Segment], vocabulary: Vocabulary) -> Row:
         segment.extend([s] * len(values))
         kind.extend([k] * len(values))
 
-    tags = vocabulary.tags
     for number, part in enumerate(segments):
-        if part.role == "image":
-            put([vocabulary.modality_tag(part.modality), tags["begin_image"]])
-            put(part.ids, number, KINDS.index("image"))
-            put([tags["end_image"]])
-        else:
-            put([tags[part.role]])
-            put(part.ids, number, KINDS.index("text"))
+        before, after = vocabulary.frame(part.role, part.modality)
+        put(before)
+        put(part.ids, number, KINDS.index(part.kind))
+        put(after)
     roles = tuple(ROLES.index(part.role) for part in segments)
-    return Row(np.asarray(ids), np.asarray(segment), np.asarray(kind), roles)
+    modalities = tuple(part.modality for part in segments)
+    return Row(np.asarray(ids), np.asarray(segment), np.asarray(kind), roles, modalities)
 
 
 @dataclass(frozen=True)

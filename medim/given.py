@@ -410,7 +410,8 @@ class Reader:
                 longest = max(longest, wanted) if Gap() in template.pieces else wanted
         except UserError as error:
             raise UserError(f"{request.where}{error}") from error
-        return self.grid**2 + longest + 4  # and the tags
+        frames = (self.joint.vocabulary.frame(role, request.domain) for role in ("image", "report"))
+        return self.grid**2 + longest + sum(len(ids) for frame in frames for ids in frame)
 
     def read(self, task: Task, request: Request, score: Score) -> Given:
         """The request as positions; `score` chooses the lengths of gaps.

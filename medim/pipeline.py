@@ -129,7 +129,13 @@ class MeDiM:
 
     @property
     def domains(self) -> tuple[str, ...]:
-        """Image modalities that the model was trained on."""
+        """Image modalities that the model was trained on.
+
+        Raises:
+            UserError: none: it comes from `medim init`.
+        """
+        if not self.slots:
+            raise UserError(f"{self.name}: was never trained; train it first: train.py CONFIG init={self.name}")
         return tuple(self.slots)
 
     def sample(

@@ -35,6 +35,7 @@ from medim.training.sizes import EstimateOptions
 from medim.training.task import DiffusionTask, Rows, Slots
 from medim.training.validation import Validation, ValidationOptions
 from medim.training.weights import Source, Stored, skeleton
+from medim.vocabulary import MODALITIES
 
 
 @options
@@ -49,6 +50,7 @@ class DataOptions:
         studies: when `path` is missing, so many embedded studies are encoded there; 0 says that it must exist.
         pack: positions of a row that several studies share without seeing each other; 0 pads one study a row.
         lungs: outlines of the embedded X-rays; `real` ones come with an installed torchxrayvision.
+        domain: the image modality that reports without an image belong to (for the lengths of their slots); empty: none.
     """
 
     path: str | tuple[str, ...]
@@ -58,6 +60,7 @@ class DataOptions:
     studies: int = 0
     lungs: Outlines = "ellipse"
     pack: Annotated[int, Field(ge=0)] = 0
+    domain: str = ""
 
 
 @options
@@ -141,7 +144,9 @@ def make_task(config: TrainConfig) -> DiffusionTask:
     sizes = [len(one) for one in data]
     order = Order(config.seed, tuple(sizes), shares(sizes, config.data.temperature, config.data.weights))
     fits = all(prepare.read_index(folder)["text_tokenizer"] == prepare.text_hash(joint.text) for folder in folders)
-    rows = Rows(joint, data, config.data.images, fits)
+    if config.data.domain and config.data.domain not in MODALITIES:
+        raise UserError(f"data.domain={config.data.domain}: no image modality; one of {', '.join(MODALITIES)}")
+    rows = Rows(joint, data, config.data.images, fits, config.data.domain)
     return DiffusionTask(
         model,
         rows,

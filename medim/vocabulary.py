@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from medim.errors import UserError
@@ -25,6 +26,7 @@ MODALITIES: dict[str, Modality] = {
     "mri": Modality(gray=True),
 }
 _STRUCTURE = ("mask", "begin_image", "end_image", "report", "prompt")
+Frame = tuple[tuple[int, ...], tuple[int, ...]]  # ids before and after a segment
 
 
 @dataclass(frozen=True)
@@ -33,23 +35,31 @@ class Vocabulary:
 
     Attributes:
         text: ids of the text tokenizer, at their own places, ``eos`` among them.
-        image: ids of the K codes of the VQ codebook; code k has id ``image[0] + k``.
+        image: ids of the K codes of the VQ codebook; code k has id ``image[0] + k``. They may lie among those of `text`:
+            a backbone that was trained on images has rows for them.
         eos: end of text; also fills a report's slot.
         tags: id of each structural and modality tag, ``"mask"`` among them. Tags are never noised.
+        frames: ids before and after the segments of a role, where they are not our tags: a foreign checkpoint's.
     """
 
     text: tuple[int, int]
     image: tuple[int, int]
     eos: int
     tags: dict[str, int]
+    frames: Mapping[str, Frame] = field(default_factory=dict)
 
     @classmethod
-    def build(cls, text_size: int, eos: int, codebook_size: int, rows: int = 0) -> Vocabulary:
-        """Append codes and tags to the `text_size` ids of a text tokenizer (or after `rows` rows of its backbone)."""
-        first = max(text_size, rows)
+    def build(cls, text_size: int, eos: int, codebook_size: int, rows: int = 0, image: int | None = None) -> Vocabulary:
+        """Append codes and tags to the `text_size` ids of a text tokenizer (or after `rows` rows of its backbone).
+
+        Args:
+            image: the backbone's own row of code 0, if it has rows for the codes; then only tags are appended.
+        """
+        end = max(text_size, rows)
+        codes = (end, end + codebook_size) if image is None else (image, image + codebook_size)
+        start = max(end, codes[1])
         names = (*_STRUCTURE, *MODALITIES)
-        start = first + codebook_size
-        return cls((0, text_size), (first, start), eos, {name: start + i for i, name in enumerate(names)})
+        return cls((0, text_size), codes, eos, {name: start + i for i, name in enumerate(names)})
 
     @property
     def size(self) -> int:
@@ -76,9 +86,22 @@ class Vocabulary:
             raise UserError(f"unknown modality {modality!r}: this vocabulary has {known}")
         return self.tags[modality]
 
+    def frame(self, role: str, modality: str) -> Frame:
+        """The ids that stand before and after a segment.
+
+        Raises:
+            UserError: the vocabulary does not know the modality.
+        """
+        if role in self.frames:
+            return self.frames[role]
+        if role != "image":
+            return (self.tags[role],), ()
+        return (self.modality_tag(modality), self.tags["begin_image"]), (self.tags["end_image"],)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data, the inverse of `from_dict`."""
-        return asdict(self)
+        data = asdict(self)
+        return data if data["frames"] else {key: value for key, value in data.items() if key != "frames"}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Vocabulary:
@@ -89,8 +112,9 @@ class Vocabulary:
         """
         try:
             text, image = (tuple(data[key]) for key in ("text", "image"))
-            vocabulary = cls((text[0], text[1]), (image[0], image[1]), data["eos"], dict(data["tags"]))
-        except (KeyError, IndexError, TypeError) as error:
+            frames = {role: (tuple(a), tuple(b)) for role, (a, b) in data.get("frames", {}).items()}
+            vocabulary = cls((text[0], text[1]), (image[0], image[1]), data["eos"], dict(data["tags"]), frames)
+        except (KeyError, IndexError, TypeError, ValueError) as error:
             raise UserError(f"not a vocabulary: {error!r} is missing or malformed in {sorted(data)}") from error
         return vocabulary
 

@@ -15,6 +15,7 @@ from medim.cli.merge import merge
 from medim.cli.preparation import prepare
 from medim.cli.sampling import sample
 from medim.cli.scoring import score
+from medim.cli.start import init
 from medim.cli.tokenizers import tokenizer, train_vq
 from medim.cli.training import export, train
 from medim.errors import UserError
@@ -22,6 +23,7 @@ from medim.errors import UserError
 __all__ = [
     "estimate",
     "export",
+    "init",
     "inspect",
     "main",
     "merge",
@@ -58,6 +60,7 @@ def run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | No
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (train, "train a model, or go on with a run"),
+    "init": (init, "a pretrained language model as the start of a run"),
     "estimate": (estimate, "what a training run will cost: memory, FLOPs, hours"),
     "export": (export, "a training checkpoint as a model folder"),
     "sample": (sample, "make pairs, reports, images, or parts of them"),

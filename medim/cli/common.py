@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import inspect
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -72,3 +75,16 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     if not lines:
         raise UserError(f"{path}: holds no studies")
     return lines
+
+
+def described(options: type) -> list[tuple[str, str, bool]]:
+    """Each field of an options dataclass, what its docstring says of it, and whether it is a mapping."""
+    text = inspect.cleandoc(options.__doc__ or "").split("Attributes:\n")[-1]
+    told = dict(re.findall(r"^ +(\w+): (.*(?:\n {6,}.*)*)", text, re.MULTILINE))
+    found = []
+    for field in dataclasses.fields(options):
+        default = "" if field.default is dataclasses.MISSING else field.default
+        shown = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+        about = " ".join(told.get(field.name, "").split()).rstrip(".").replace("%", "%%")
+        found.append((field.name, about + (f" ({shown})" if shown else ""), "dict" in str(field.type)))
+    return found

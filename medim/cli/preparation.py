@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import inspect
 import json
 import os
 import re
@@ -12,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from medim.cli.common import make_parser, pick_device, quiet
+from medim.cli.common import described, make_parser, pick_device, quiet
 from medim.errors import UserError
 
 HELP = """Encode studies once, so that training never waits for pixels.
@@ -63,14 +62,14 @@ def prepare(argv: Sequence[str]) -> int:
     parser.add_argument("--device", default=None, help="cuda, cuda:1, cpu (default: cuda where there is one)")
     for title, schema, prefix in ((f"options of {name}", source.options, ""), ("reports", ReportOptions, "reports.")):
         group = parser.add_argument_group(title)
-        for field, about, many in _described(schema):
+        for field, about, many in described(schema):
             action = "append" if many else "store"
             group.add_argument(f"--{prefix}{field}", dest=f"={prefix}{field}", action=action, help=about, metavar="X")
     args = parser.parse_args(rest or ["--help"])
     for option in ("shard_size", "batch_size", "limit"):
         if getattr(args, option) is not None and getattr(args, option) < 1:
             raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)}: give at least 1")
-    root = _root(name, args.root)
+    root = _root(name, args.root, source.packaged)
     return _run(name, root, args, _overrides(args, source.options), _overrides(args, ReportOptions, "reports."))
 
 
@@ -130,28 +129,17 @@ def _general_help() -> str:
     from medim.data.sources import SOURCES
 
     listed = "\n".join(f"  {name:11}{source.about}" for name, source in SOURCES.items())
-    reports = "\n".join(f"  {name:17}{about}" for name, about, _ in _described(ReportOptions))
+    reports = "\n".join(f"  {name:17}{about}" for name, about, _ in described(ReportOptions))
     return HELP.format(sources=listed, reports=reports)
 
 
-def _described(options: type) -> list[tuple[str, str, bool]]:
-    """Each field of an options dataclass, what its docstring says of it, and whether it is a mapping."""
-    text = inspect.cleandoc(options.__doc__ or "").split("Attributes:\n")[-1]
-    told = dict(re.findall(r"^ +(\w+): (.*(?:\n {6,}.*)*)", text, re.MULTILINE))
-    found = []
-    for field in dataclasses.fields(options):
-        default = "" if field.default is dataclasses.MISSING else field.default
-        shown = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
-        about = " ".join(told.get(field.name, "").split()).rstrip(".").replace("%", "%%")
-        found.append((field.name, about + (f" ({shown})" if shown else ""), "dict" in str(field.type)))
-    return found
-
-
-def _root(name: str, root: str | None) -> Path:
+def _root(name: str, root: str | None, packaged: bool) -> Path | None:
     if name == "demo":
         if root is not None:
             raise UserError("medim prepare demo takes no ROOT: the embedded studies are in the package")
         return Path()
+    if root is None and packaged:
+        return None
     if root is None:
         raise UserError(
             f"medim prepare {name}: give the ROOT of the source, as in: medim prepare {name} ROOT --out DIR"

@@ -323,8 +323,10 @@ def _load(found: Found, how: Encoding) -> _Loaded | Skipped:
             reason = " ".join(str(error).split()).replace(str(file), name)  # the same wherever the archive lies
             broken.append(_Broken(study.id, name, reason))
     report = prepare_report(study.report, how.reports)
+    if not images and (broken or not report):
+        return broken[0] if broken else Skipped(study.id, "", "neither an image nor a report")
     if not images:
-        return broken[0] if broken else Skipped(study.id, "", "no image")
+        return _Loaded(study, report, images, prepared, broken)
     if not report and len(images) < 2 and how.reports.empty == "skip":
         return Skipped(study.id, "", "no report, and fewer than two images (--reports.empty keep takes it)")
     return _Loaded(study, report, images, prepared, broken)

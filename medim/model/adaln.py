@@ -6,20 +6,46 @@ Shape letters: B batch, L canvas length, D hidden width, T noise levels a row (o
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from medim.config import options
+from medim.errors import UserError
+
+PRE_NORM = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
+SANDWICH = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+SIGMA_EPS = 1e-3  # MDLM's log-linear schedule never masks everything
+
+
+@options
+class TimeOptions:
+    """How a noise level becomes what AdaLN takes; the defaults are ours, others those of a foreign checkpoint.
+
+    Attributes:
+        frequencies: width of the sinusoid; 0: that of the MLP.
+        of: what the sinusoid is of: the level t, times 1000, or MDLM's total noise sigma = -log(1 - (1 - eps) t).
+        activated: whether the MLP ends in SiLU.
+        shared: all positions of a row are told the row's highest level, given ones too.
+    """
+
+    frequencies: int = 0
+    of: Literal["level", "sigma"] = "level"
+    activated: bool = True
+    shared: bool = False
+
 
 class TimeEmbedding(nn.Module):
     """Noise level in [0, 1] -> scaled sinusoid -> MLP of width `dim` (DiT section 3; t is scaled to [0, 1000])."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, o: TimeOptions | None = None) -> None:
         super().__init__()
-        self.dim = dim
-        self.mlp = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim), nn.SiLU())
+        self.o = o or TimeOptions()
+        self.width = self.o.frequencies or dim
+        last = [nn.SiLU()] if self.o.activated else []
+        self.mlp = nn.Sequential(nn.Linear(self.width, dim), nn.SiLU(), nn.Linear(dim, dim), *last)
 
     @property
     def linears(self) -> list[nn.Linear]:
@@ -27,8 +53,9 @@ class TimeEmbedding(nn.Module):
         return [layer for layer in self.mlp if isinstance(layer, nn.Linear)]
 
     def forward(self, t: Float[Tensor, "B T"]) -> Float[Tensor, "B T E"]:
-        exponent = torch.arange(self.dim // 2, dtype=torch.float32, device=t.device) / (self.dim // 2)
-        angles = 1000 * t.float().unsqueeze(-1) * torch.exp(-math.log(10_000) * exponent)
+        exponent = torch.arange(self.width // 2, dtype=torch.float32, device=t.device) / (self.width // 2)
+        value = 1000 * t.float() if self.o.of == "level" else -torch.log1p(-(1 - SIGMA_EPS) * t.float())
+        angles = value.unsqueeze(-1) * torch.exp(-math.log(10_000) * exponent)
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.linears[0].weight.dtype))
 
 
@@ -51,18 +78,15 @@ class AdaLN(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def attach(self, layer: nn.Module) -> None:
-        """Hook a pre-norm decoder layer (Llama's names: input_layernorm, self_attn, post_attention_layernorm, mlp).
+        """Hook a pre-norm decoder layer (Llama's names), or one with norms around each branch (Gemma 2 and 3).
 
         The layer then takes two more keywords: ``time`` [B, T, E] and ``level`` [B, L], which time a position has
         (None: T = L, each its own).
 
         Raises:
-            TypeError: the layer lacks one of the four branches.
+            UserError: the layer is of another kind.
         """
-        branches = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
-        missing = [name for name in branches if not isinstance(getattr(layer, name, None), nn.Module)]
-        if missing:
-            raise TypeError(f"{type(layer).__name__} is no pre-norm decoder layer: it has no {', '.join(missing)}")
+        hooked = hooked_modules(layer)
         now: dict[str, Any] = {}  # made and dropped inside the layer's forward: checkpointing keeps none of it
 
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -82,8 +106,8 @@ class AdaLN(nn.Module):
             return (output[0] * factor, *output[1:]) if isinstance(output, tuple) else output * factor
 
         layer.register_forward_pre_hook(enter, with_kwargs=True)
-        getattr(layer, branches[0]).register_forward_pre_hook(start)
-        for name, hook in zip(branches, (norm, gate, norm, gate), strict=True):
+        getattr(layer, hooked[0]).register_forward_pre_hook(start)
+        for name, hook in zip(hooked, (norm, gate, norm, gate), strict=True):
             getattr(layer, name).register_forward_hook(hook)
 
     def modulation(
@@ -95,3 +119,23 @@ class AdaLN(nn.Module):
             return values.chunk(6, dim=-1)
         one_hot = torch.nn.functional.one_hot(level, values.shape[1]).to(values.dtype)
         return (one_hot @ values).chunk(6, dim=-1)  # a product, since the gradient of gather adds row by row
+
+
+def hooked_modules(layer: nn.Module) -> tuple[str, ...]:
+    """The modules of a decoder layer that begin and end its two branches, in the order in which they run.
+
+    Raises:
+        UserError: a layer whose norms follow its branches, or that has none, or more: AdaLN has no place there.
+    """
+    names = {name for name, _ in layer.named_children()}
+    norms = {name for name in names if "norm" in name}
+    for modules, known in ((SANDWICH, set(SANDWICH)), (PRE_NORM, {PRE_NORM[0], PRE_NORM[2]})):
+        if norms == known and {"self_attn", "mlp"} <= names and "Swin" not in type(layer).__name__:
+            return modules
+    missing = [name for name in PRE_NORM if name not in names]
+    why = (
+        f"it has no {', '.join(missing)}"
+        if missing
+        else f"its norms are {', '.join(sorted(norms))}, or in other places"
+    )
+    raise UserError(f"{type(layer).__name__} is no pre-norm decoder layer: {why}; AdaLN cannot be attached to it")

@@ -25,6 +25,23 @@ def key_mask(valid: Bool[Tensor, "B P"], backend: str, dtype: torch.dtype, queri
     return _additive(mask, dtype) if backend == "eager" else mask
 
 
+def within(mask: Any, window: int, queries: int, device: torch.device) -> Any:
+    """A mask [B, 1, 1 or Q, Q] of sdpa or eager, or None, cut to pairs of positions at most `window` apart."""
+    at = torch.arange(queries, device=device)
+    near = ((at[:, None] - at[None, :]).abs() <= window)[None, None]
+    if mask is None:
+        return near
+    return mask & near if mask.dtype == torch.bool else mask.masked_fill(~near, torch.finfo(mask.dtype).min)
+
+
+def hidden_keys(mask: Any, seen: Bool[Tensor, "B P"], dtype: torch.dtype, backend: str) -> Any:
+    """A mask of sdpa or eager, or None, without the keys that are not `seen`."""
+    keys = seen[:, None, None, :]
+    if mask is None:
+        return _additive(keys, dtype) if backend == "eager" else keys
+    return mask & keys if mask.dtype == torch.bool else mask.masked_fill(~keys, torch.finfo(mask.dtype).min)
+
+
 def attention_of(canvas: Canvas, given: Bool[Tensor, "B L"] | None, backend: str, dtype: torch.dtype) -> dict[str, Any]:
     """The arguments of `MeDiMModel.forward` that say who attends to whom.
 

@@ -71,7 +71,8 @@ class BoundDenoiser:
 
     With ``condition_attention: prefix`` positions outside the generated segments (`Canvas.outside`) attend among
     themselves only, so their keys and values never change: with `cache` they are computed in the first call and kept.
-    The ids there must not change between calls; make another denoiser for others. Exact: equal to no `cache`.
+    The ids there must not change between calls; make another denoiser for others. Exact: equal to no `cache`. Nothing is
+    kept where that would not be exact: logits read beside their position, or a canvas longer than a layer's window.
 
     With ``full`` attention their states do depend on what is generated. `refresh` = R > 1 computes them in every R-th
     call only and is an approximation; `drift` says how far off it was.
@@ -101,7 +102,8 @@ class BoundDenoiser:
         )
         self._any_of = first  # one generated position of each segment
         self._level = torch.where(scored, canvas.segment, segments)
-        self._caches = cache and (self.prefix or refresh > 1)
+        whole = not model.config.read and model.config.unseen is None and not model.is_windowed(canvas.ids.shape[1])
+        self._caches = cache and whole and (self.prefix or refresh > 1)
         if self._caches:
             self._kept, self._run = _Part(outside), _Part(canvas.valid & ~outside)
             self._caches = self._kept.size > 0 and self._run.size > 0
@@ -147,7 +149,13 @@ class BoundDenoiser:
 
     def __call__(self, ids: Int[Tensor, "B L"], t: Float[Tensor, "B L"]) -> Float[Tensor, "B L V"]:
         """All logits, never from memory; -inf outside the columns of a position's kind."""
-        logits = self.model.head(self._all(ids, t))
+        hidden = self._all(ids, t)
+        if self.model.config.read:
+            kinds = self.canvas.kind.repeat(len(ids) // len(self.generate), 1)
+            shift = torch.tensor([*(self.model.read_from(kind) for kind in KINDS), 0], device=ids.device)[kinds]
+            at = (torch.arange(ids.shape[1], device=ids.device) + shift).clamp(0, ids.shape[1] - 1)
+            hidden = hidden.gather(1, at.unsqueeze(-1).expand_as(hidden))
+        logits = self.model.head(hidden)
         allowed = torch.zeros(len(KINDS) + 1, logits.shape[-1], dtype=torch.bool, device=logits.device)
         for number, kind in enumerate(KINDS):
             start, stop = self.model.vocabulary.columns(kind)
@@ -164,8 +172,9 @@ class BoundDenoiser:
         self, hidden: Float[Tensor, "B _ D"], groups: Sequence[Group], part: _Part | None = None
     ) -> list[Float[Tensor, "_ _"]]:
         flat, parts = hidden.flatten(0, 1), []
+        read = {self.model.vocabulary.columns(kind): self.model.read_from(kind) for kind in KINDS}
         for group in groups:
-            rows = group.rows
+            rows = group.rows + read.get((group.start, group.stop), 0)
             if part is not None:
                 length = self.generate.shape[1]
                 row = torch.div(rows, length, rounding_mode="floor")

@@ -32,6 +32,7 @@ def restricted_cross_entropy(
     start: int | Sequence[int],
     stop: int | Sequence[int],
     rows: Sequence[int] | None = None,
+    softcap: float | None = None,
 ) -> Float[Tensor, "N"]:
     """Cross-entropy in nats of `targets` (joint ids within start..stop), float32 or wider.
 
@@ -43,6 +44,7 @@ def restricted_cross_entropy(
         start, stop: the columns of all rows; or, with `rows`, G of each.
         rows: sizes of G consecutive groups of rows, which sum to N; 0 is allowed. One call with all groups makes one
             gradient [V, D], a call for each group would make G.
+        softcap: c of logits c tanh(z / c) (Gemma 2, arXiv 2408.00118, section 2); None: z.
 
     Raises:
         ValueError: groups that do not fit the rows, or columns that do not fit the weight.
@@ -53,7 +55,12 @@ def restricted_cross_entropy(
     wanted = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     keep = wanted and sum(n * (b - a) for n, a, b in groups) * 4 <= CHUNK_BYTES
     chunks = list(_chunks(groups))
-    return _RestrictedCrossEntropy.apply(hidden, weight, targets, chunks, dtype, keep)
+    return _RestrictedCrossEntropy.apply(hidden, weight, targets, chunks, dtype, keep, softcap)
+
+
+def capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """Logits as the backbone's own head bounds them."""
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 class RestrictedHead(nn.Linear):
@@ -67,6 +74,8 @@ class RestrictedHead(nn.Linear):
     With `ensure_weight_tying` peft puts a plain nn.Linear into its wrapper's `modules_to_save`: replace that by
     `from_linear` of it.
     """
+
+    softcap: float | None = None  # of the backbone's config: see `restricted_cross_entropy`
 
     def __init__(
         self,
@@ -110,14 +119,14 @@ class RestrictedHead(nn.Linear):
                 raises.
         """
         if start is None and stop is None and targets is None:
-            return super().forward(hidden)
+            return capped(super().forward(hidden), self.softcap)
         if start is None or stop is None:
             raise ValueError("columns are start and stop: give both")
         if targets is not None:
-            return restricted_cross_entropy(hidden, self.weight, targets, start, stop, rows)
+            return restricted_cross_entropy(hidden, self.weight, targets, start, stop, rows, self.softcap)
         if not isinstance(start, int) or not isinstance(stop, int) or rows is not None:
             raise ValueError("logits are of one group: start and stop are integers, and rows is left out")
-        return restricted_logits(hidden, self.weight, start, stop)
+        return capped(restricted_logits(hidden, self.weight, start, stop), self.softcap)
 
 
 def check_groups(
@@ -147,15 +156,21 @@ def _chunks(groups: Groups) -> Iterator[tuple[slice, slice]]:
 
 
 def _chunk(
-    hidden: Float[Tensor, "n D"], columns: Float[Tensor, "C D"], targets: Int[Tensor, "n"]
+    hidden: Float[Tensor, "n D"], columns: Float[Tensor, "C D"], targets: Int[Tensor, "n"], softcap: float | None
 ) -> tuple[Float[Tensor, "n"], Float[Tensor, "n C"]]:
-    """Cross-entropy, and its derivative by the logits: softmax minus one-hot, in the place of the logits."""
+    """Cross-entropy, and its derivative by the products: softmax minus one-hot, in the place of the logits."""
     p = (hidden @ columns.T).to(torch.promote_types(hidden.dtype, torch.float32))
+    slope = None
+    if softcap is not None:
+        p = capped(p, softcap)
+        slope = 1 - (p / softcap).square()  # of the cap
     index = targets.unsqueeze(1)
     aimed, top = p.gather(1, index), p.amax(1, keepdim=True)
     total = p.sub_(top).exp_().sum(1, keepdim=True)
     p.div_(total)
     p.scatter_(1, index, p.gather(1, index) - 1)
+    if slope is not None:
+        p *= slope
     return (total.log() + top - aimed).squeeze(1), p.to(hidden.dtype)
 
 
@@ -171,12 +186,15 @@ class _RestrictedCrossEntropy(torch.autograd.Function):
         chunks: list[tuple[slice, slice]],
         dtype: torch.dtype,
         keep: bool,
+        softcap: float | None,
     ) -> Tensor:
-        ctx.chunks, ctx.dtype = chunks, dtype
+        ctx.chunks, ctx.dtype, ctx.softcap = chunks, dtype, softcap
         nll, kept = [hidden.new_zeros(0, dtype=torch.promote_types(dtype, torch.float32))], []
         with torch.autocast(hidden.device.type, enabled=False):
             for rows, columns in chunks:
-                part, p = _chunk(hidden[rows].to(dtype), weight[columns].to(dtype), targets[rows] - columns.start)
+                part, p = _chunk(
+                    hidden[rows].to(dtype), weight[columns].to(dtype), targets[rows] - columns.start, softcap
+                )
                 nll.append(part)
                 if keep:
                     kept.append(p)
@@ -186,7 +204,7 @@ class _RestrictedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None, None]:
         hidden, weight, targets, *kept = ctx.saved_tensors
         to_hidden, to_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if to_hidden else None
@@ -194,7 +212,7 @@ class _RestrictedCrossEntropy(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for number, (rows, columns) in enumerate(ctx.chunks):
                 h, w = hidden[rows].to(ctx.dtype), weight[columns].to(ctx.dtype)
-                p = kept[number] if kept else _chunk(h, w, targets[rows] - columns.start)[1]
+                p = kept[number] if kept else _chunk(h, w, targets[rows] - columns.start, ctx.softcap)[1]
                 scale = upstream[rows].unsqueeze(1)
                 if grad_hidden is not None:
                     grad_hidden[rows] = (p @ w) * scale
@@ -204,4 +222,4 @@ class _RestrictedCrossEntropy(torch.autograd.Function):
                         grad_weight[columns].addmm_(p.T, scaled)
                     else:
                         grad_weight[columns] += p.T @ scaled
-        return grad_hidden, grad_weight, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None

@@ -7,6 +7,7 @@ vocabulary.
 from __future__ import annotations
 
 from pathlib import Path
+from dataclasses import asdict
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -18,14 +19,25 @@ from medim.canvas import Canvas
 from medim.config import options
 from medim.diffusion import Schedule, ScheduleName
 from medim.errors import UserError
-from medim.model.adaln import AdaLN, TimeEmbedding
-from medim.model.attention import attention_of, key_mask
-from medim.model.backbone import BackboneOptions, config_from_options, decoder_layers, grow_vocabulary, make_backbone
+from medim.model.adaln import AdaLN, TimeEmbedding, TimeOptions
+from medim.model.attention import attention_of, hidden_keys, key_mask, within
+from medim.model.backbone import (
+    BackboneOptions,
+    config_from_options,
+    decoder_layers,
+    grow_vocabulary,
+    make_backbone,
+    window_of,
+)
 from medim.model.denoiser import BoundDenoiser
 from medim.model.head import RestrictedHead
 from medim.model.lora import Adapted
 from medim.model.rows import SplitHead
-from medim.vocabulary import KINDS, Vocabulary
+from medim.vocabulary import KINDS, Kind, Vocabulary
+
+FORMAT = 1  # of model folders
+Logits = Literal["plain", "shifted"]
+SHIFTS: dict[Logits, dict[Kind, int]] = {"plain": {}, "shifted": {"text": -1}}
 
 
 @options
@@ -34,11 +46,14 @@ class ModelOptions:
 
     Attributes:
         places: codes of an image that get a learnt place of their own, added to their embedding; 0 is none.
+        logits: where the prediction of a text position is read: at the position itself (plain), or one before it, as an
+            autoregressive backbone was trained to (shifted). Image codes are read plainly.
     """
 
     backbone: BackboneOptions = BackboneOptions()
     adaln_dim: int = 128
     places: int = 0
+    logits: Logits = "plain"
 
 
 ConditionAttention = Literal["full", "prefix"]
@@ -47,7 +62,11 @@ ConditionAttention = Literal["full", "prefix"]
 class MeDiMConfig(PreTrainedConfig):
     """What `config.json` holds: the backbone's own config, the joint vocabulary, the width of the time embedding, and
     what a sampler must know of the training: its noise schedule, how often it dropped the condition (0: guidance has no
-    branch to compare with), and whether given segments attend to generated ones (`condition_attention`)."""
+    branch to compare with), and whether given segments attend to generated ones (`condition_attention`).
+
+    A foreign checkpoint's own ways (`medim.official`) are `time` (`TimeOptions`), `read`, how many positions from its own
+    the prediction of a kind is read, and `unseen`, an id whose positions nobody attends to.
+    """
 
     model_type = "medim"
 
@@ -61,8 +80,14 @@ class MeDiMConfig(PreTrainedConfig):
         places: int = 0,
         condition_dropout: float = 0.0,
         condition_attention: ConditionAttention = "full",
+        read: dict[str, int] | None = None,
+        time: dict[str, Any] | None = None,
+        unseen: int | None = None,
+        format: int = FORMAT,
         **kwargs: Any,
     ) -> None:
+        if format > FORMAT:
+            raise UserError(f"a model folder of format {format}, this version reads {FORMAT}: install a newer medim")
         self.backbone = backbone or {}
         self.vocabulary = vocabulary or {}
         self.adaln_dim = adaln_dim
@@ -71,13 +96,18 @@ class MeDiMConfig(PreTrainedConfig):
         self.places = places
         self.condition_dropout = condition_dropout
         self.condition_attention = condition_attention
+        self.read = read or {}
+        self.time = time or asdict(TimeOptions())
+        self.unseen = unseen
+        self.format = format
         super().__init__(**kwargs)
 
 
 def config_of(o: ModelOptions, vocabulary: Vocabulary) -> MeDiMConfig:
     """The config of a model made from scratch."""
     backbone = config_from_options(o.backbone, vocabulary.size)
-    config = MeDiMConfig(backbone.to_dict(), vocabulary.to_dict(), o.adaln_dim, places=o.places)
+    read: Any = SHIFTS[o.logits]
+    config = MeDiMConfig(backbone.to_dict(), vocabulary.to_dict(), o.adaln_dim, places=o.places, read=read)
     config._attn_implementation = o.backbone.attn_implementation
     return config
 
@@ -120,9 +150,12 @@ class MeDiMModel(PreTrainedModel):
         inner._attn_implementation = config._attn_implementation or "sdpa"
         self.vocabulary = Vocabulary.from_dict(config.vocabulary)
         self.backbone = make_backbone(inner)
-        self.backbone.set_output_embeddings(RestrictedHead.from_linear(self.backbone.get_output_embeddings()))
+        head = RestrictedHead.from_linear(self.backbone.get_output_embeddings())
+        head.softcap = getattr(inner, "final_logit_softcapping", None)
+        self.backbone.set_output_embeddings(head)
+        self.window = window_of(inner)
         self.place = PlaceEmbedding(config.places + 1, inner.hidden_size) if config.places else None
-        self.time = TimeEmbedding(config.adaln_dim)
+        self.time = TimeEmbedding(config.adaln_dim, TimeOptions(**config.time))
         self.adaln = nn.ModuleList(
             AdaLN(config.adaln_dim, inner.hidden_size) for _ in range(len(decoder_layers(self.backbone)))
         )
@@ -148,18 +181,29 @@ class MeDiMModel(PreTrainedModel):
 
     @classmethod
     def from_backbone(
-        cls, source: str | Path, vocabulary: Vocabulary, adaln_dim: int = 128, config: MeDiMConfig | None = None
+        cls,
+        source: str | Path | PreTrainedModel,
+        vocabulary: Vocabulary,
+        adaln_dim: int = 128,
+        config: MeDiMConfig | None = None,
+        **more: Any,
     ) -> MeDiMModel:
         """A pretrained language model with its weights, without its causal mask, with rows for codes and tags.
 
         Args:
-            source: a folder or hub name that `AutoModelForCausalLM.from_pretrained` takes.
-            config: of a model that was made so before; replaces `adaln_dim`.
+            source: a folder or hub name that `AutoModelForCausalLM.from_pretrained` takes, or a loaded model, which is
+                used up.
+            config: of a model that was made so before; replaces `adaln_dim` and `more`.
+            more: fields of `MeDiMConfig`.
         """
-        pretrained = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        pretrained: Any = source
+        if isinstance(source, str | Path):
+            pretrained = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
         grow_vocabulary(pretrained, vocabulary.size)
-        model = cls(config or MeDiMConfig(pretrained.config.to_dict(), vocabulary.to_dict(), adaln_dim))
-        model.backbone.load_state_dict(pretrained.state_dict())
+        model = cls(config or MeDiMConfig(pretrained.config.to_dict(), vocabulary.to_dict(), adaln_dim, **more))
+        state = pretrained.state_dict()
+        known = model.backbone.state_dict().keys()
+        model.backbone.load_state_dict({name: value for name, value in state.items() if name in known})
         return model
 
     @property
@@ -213,13 +257,19 @@ class MeDiMModel(PreTrainedModel):
         if position_ids is None and limit is not None and ids.shape[1] > limit:
             raise UserError(f"a canvas of {ids.shape[1]} positions is longer than the backbone's {limit}")
         embedded = self.backbone.get_input_embeddings()(ids)
+        length = ids.shape[1]
         if self.place is not None and place is not None:
             embedded = embedded + self.place(place.clamp(max=self.config.places))
         if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
-            attention_mask = key_mask(attention_mask, self.attention_backend, embedded.dtype, ids.shape[1])
+            attention_mask = key_mask(attention_mask, self.attention_backend, embedded.dtype, length)
+        if self.config.unseen is not None:
+            seen = ids != self.config.unseen
+            attention_mask = hidden_keys(attention_mask, seen, embedded.dtype, self.attention_backend)
+        if self.config.time["shared"]:
+            t, level = t.amax(1, keepdim=True), torch.zeros_like(ids)
         hidden = self.backbone.get_decoder()(
             inputs_embeds=embedded,
-            attention_mask=attention_mask,
+            attention_mask=self._windowed(attention_mask, length, ids.device),
             position_ids=position_ids,
             past_key_values=past_key_values,
             use_cache=past_key_values is not None,
@@ -231,7 +281,27 @@ class MeDiMModel(PreTrainedModel):
         if score is None:
             return hidden
         starts, stops = zip(*(self.vocabulary.columns(kind) for kind in KINDS), strict=True)
-        return self.head(hidden.flatten(0, 1)[score.rows], score.targets, starts, stops, score.sizes)
+        rows = score.rows
+        if self.config.read:
+            parts = rows.split(score.sizes)
+            rows = torch.cat([part + self.read_from(kind) for kind, part in zip(KINDS, parts, strict=True)])
+        return self.head(hidden.flatten(0, 1)[rows], score.targets, starts, stops, score.sizes)
+
+    def read_from(self, kind: Kind) -> int:
+        """How many positions after its own the prediction of a position is read; its row of the canvas has them."""
+        return int(self.config.read.get(kind, 0))
+
+    def is_windowed(self, length: int) -> bool:
+        """Whether a canvas is longer than the window of some layers, which then do not see all of it."""
+        return self.window is not None and length > self.window + 1
+
+    def _windowed(self, mask: Any, length: int, device: torch.device) -> Any:
+        """The attention mask for backbones with sliding-window layers: a mask for each kind of layer."""
+        if self.window is None or mask is None or self.attention_backend not in ("sdpa", "eager"):
+            return mask  # the library makes its own
+        near = within(mask, self.window, length, device) if self.is_windowed(length) else mask
+        kinds = set(getattr(self.backbone.config, "layer_types", None) or ())
+        return {"full_attention": mask, "sliding_attention": near} if kinds else near
 
     @property
     def attention_backend(self) -> str:

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from medim.errors import UserError
-from medim.model.head import check_groups, restricted_cross_entropy
+from medim.model.head import capped, check_groups, restricted_cross_entropy
 
 Interval = tuple[int, int]
 
@@ -84,6 +84,8 @@ class SplitHead(SplitTable):
     columns that are in several blocks are copied together first.
     """
 
+    softcap: float | None = None  # as `RestrictedHead` has it
+
     def forward(
         self,
         hidden: Float[Tensor, "*rows D"],
@@ -106,7 +108,8 @@ class SplitHead(SplitTable):
 
     def _logits(self, hidden: Tensor, start: int, stop: int) -> Tensor:
         columns, first = self._columns(start, stop)
-        return nn.functional.linear(hidden, columns[start - first : stop - first].to(hidden.dtype))
+        logits = nn.functional.linear(hidden, columns[start - first : stop - first].to(hidden.dtype))
+        return capped(logits, self.softcap)
 
     def _columns(self, start: int, stop: int) -> tuple[Tensor, int]:
         """A tensor that holds these columns, and which column is its first."""
@@ -138,6 +141,7 @@ class SplitHead(SplitTable):
                     [a - first for a in starts],
                     [b - first for b in stops],
                     counts,
+                    self.softcap,
                 )
             )
         return torch.cat(found)
@@ -161,7 +165,9 @@ def split_rows(backbone: Any, trained: Sequence[Interval]) -> None:
     tied = embedding.weight is head.weight
     blocks = _blocks(embedding.weight, trained)
     backbone.set_input_embeddings(SplitEmbedding(blocks, scale))
-    backbone.set_output_embeddings(SplitHead(blocks if tied else _blocks(head.weight, trained)))
+    split = SplitHead(blocks if tied else _blocks(head.weight, trained))
+    split.softcap = getattr(head, "softcap", None)
+    backbone.set_output_embeddings(split)
 
 
 def _blocks(weight: Tensor, trained: Sequence[Interval]) -> dict[Interval, nn.Parameter]:

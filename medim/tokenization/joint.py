@@ -40,9 +40,11 @@ class JointTokenizer:
     slot: SlotOptions
 
     @classmethod
-    def build(cls, text: TextTokenizer, image: VQTokenizer, slot: SlotOptions, rows: int = 0) -> JointTokenizer:
-        """Join two tokenizers in a new vocabulary, after the `rows` rows of a backbone."""
-        return cls(text, image, Vocabulary.build(text.size, text.eos, image.codebook_size, rows), slot)
+    def build(
+        cls, text: TextTokenizer, image: VQTokenizer, slot: SlotOptions, rows: int = 0, first_code: int | None = None
+    ) -> JointTokenizer:
+        """Join two tokenizers in a new vocabulary, after the `rows` rows of a backbone, which may have codes' rows."""
+        return cls(text, image, Vocabulary.build(text.size, text.eos, image.codebook_size, rows, first_code), slot)
 
     def report_ids(self, report: str, length: int | None = None, ids: list[int] | None = None) -> list[int]:
         """Ids of a report in its slot, `length` positions or as few as its multiple allows; cut if it is too long.
@@ -73,12 +75,11 @@ class JointTokenizer:
     def decode(self, ids: Sequence[int] | np.ndarray, row: Row, name: str = "") -> Study:
         """Ids on the layout of `row` as a study: codes to pictures, text to a report. The inverse of `encode`."""
         values = np.asarray(ids)
-        tag_names = {self.vocabulary.tags[m]: m for m in MODALITIES if m in self.vocabulary.tags}
         images, report = [], ""
         for number, role in enumerate(row.roles):
             where = np.flatnonzero(row.segment == number)
             if ROLES[role] == "image":
-                modality = tag_names[int(row.ids[where[0] - 2])]
+                modality = row.modalities[number]
                 images.append(Image(modality, self.picture(values[where], modality)))
             else:
                 report = self.text.decode(values[where].tolist())

@@ -33,10 +33,13 @@ class Rows:
     Args:
         images: images of a study on one canvas, at most.
         fits: the stored ids of reports are those of the joint tokenizer; else reports are encoded when they are needed.
+        domain: the image modality whose reports those without an image are; empty: of none.
     """
 
-    def __init__(self, joint: JointTokenizer, data: Sequence[Dataset], images: int = 1, fits: bool = False) -> None:
-        self.joint, self.data, self.images, self.fits = joint, list(data), images, fits
+    def __init__(
+        self, joint: JointTokenizer, data: Sequence[Dataset], images: int = 1, fits: bool = False, domain: str = ""
+    ) -> None:
+        self.joint, self.data, self.images, self.fits, self.domain = joint, list(data), images, fits, domain
 
     def row(self, source: int, index: int, turn: int = 0) -> Row:
         """One study as a row; of more images than fit, those from number `turn` on."""
@@ -64,7 +67,7 @@ class Rows:
             for record in data.select(range(min(len(data), SLOT_SAMPLE))):
                 if record["report"]:
                     length = len(self.report_ids(record))
-                    for modality in {str(one["modality"]) for one in record["images"]}:
+                    for modality in {str(one["modality"]) for one in record["images"]} or {self.domain} - {""}:
                         counters.setdefault(modality, Counter())[length] += 1
         return {modality: dict(sorted(counter.items())) for modality, counter in counters.items()}
 

@@ -61,6 +61,7 @@ class Validation:
             (task, modality, places[first : first + o.batch_size])
             for task in TASKS
             for modality, places in by_modality.items()
+            if task == "pair" or modality != "text"  # a report alone has no condition
             for first in range(0, len(places), o.batch_size)
         ]
 

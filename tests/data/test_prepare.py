@@ -76,18 +76,19 @@ def test_the_index_counts(how: Encoding, tmp_path: Path) -> None:
             yield Study(f"s{n}", f"p{n // 2}", (Image("xray", gray, view),), "Heart is normal.", split=split)
         yield Skipped("s9", "a/b.png", "no report beside it")
         yield Study("s10", "p0", (), "Only text.")
+        yield Study("s13", "p0", (), " ")
         yield Study("s11", "p0", (Image("mri", gray, "t1"), Image("mri", gray, "t2")), "")
         yield Study("s12", "p0", (Image("xray", gray),), " ")
 
     index = make(how, tmp_path, found)
     words = len(how.text.encode("Heart is normal."))
-    assert index["studies"] == 5 and index["patients"] == 2
-    assert index["splits"] == {"test": 1, "train": 4}
+    assert index["studies"] == 6 and index["patients"] == 2
+    assert index["splits"] == {"test": 1, "train": 5}
     assert index["images"]["train"] == {"mri": {"t1": 1, "t2": 1}, "xray": {"": 1, "PA": 2}}
     assert index["report_tokens"] == {"test": {str(words): 1}, "train": {"0": 1, str(words): 3}}
     assert [(one["id"], one["reason"]) for one in index["skipped"]] == [
         ("s9", "no report beside it"),
-        ("s10", "no image"),
+        ("s13", "neither an image nor a report"),
         ("s12", "no report, and fewer than two images (--reports.empty keep takes it)"),
     ]
     assert json.loads((tmp_path / "index.json").read_text()) == index
@@ -199,8 +200,8 @@ def test_broken_files_are_named_and_limited(how: Encoding, tmp_path: Path) -> No
 def test_nothing_to_write(how: Encoding, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no study found there"):
         make(how, tmp_path / "a", lambda: iter(()))
-    with pytest.raises(UserError, match="none of 1 studies can be used: no image"):
-        make(how, tmp_path / "b", lambda: iter([Study("s", "p", (), "Text.")]))
+    with pytest.raises(UserError, match="none of 1 studies can be used: neither an image"):
+        make(how, tmp_path / "b", lambda: iter([Study("s", "p", (), "")]))
 
 
 def test_a_full_disk(how: Encoding, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from medim.canvas import Canvas
 from medim.diffusion import predict
+from medim.errors import UserError
 from medim.model.adaln import AdaLN
 from medim.model.backbone import BackboneOptions
 from medim.model.medim import MeDiMModel, ModelOptions
@@ -234,7 +235,7 @@ def test_the_bound_denoiser_runs_its_layout_twice_for_guidance(tiny_network: MeD
 
 def test_a_layer_that_is_not_pre_norm_is_refused() -> None:
     layer = torch.nn.TransformerEncoderLayer(8, 1)
-    with pytest.raises(TypeError, match="no pre-norm decoder layer: it has no input_layernorm"):
+    with pytest.raises(UserError, match="no pre-norm decoder layer: it has no input_layernorm"):
         AdaLN(4, 8).attach(layer)
 
 

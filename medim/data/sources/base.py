@@ -23,12 +23,14 @@ class Source:
         options: a class marked with `medim.config.options`, whose attributes its docstring explains.
         about: one line: what it reads.
         layout: the tree it expects, for `medim prepare SOURCE --help`.
+        packaged: an installed package has what it reads, so that ROOT may be left out and None be read.
     """
 
-    read: Callable[[Path, Any], Iterator[Study | Skipped | Callable[[], Study]]]
+    read: Callable[[Any, Any], Iterator[Study | Skipped | Callable[[], Study]]]
     options: type
     about: str
     layout: str
+    packaged: bool = False
 
 
 def files_under(root: Path) -> Iterator[Path]:

@@ -35,7 +35,7 @@ class OpenIOptions:
     Attributes:
         reports: folder of XML files or NLMCXR_reports.tgz; empty looks in ROOT, then in an installed torchxrayvision.
         views: which are taken: PA, AP or LATERAL, as the DICOM headers say (a table of torchxrayvision or in ROOT); all
-            takes every image, also the third of them that no header names.
+            takes every image, also the third of them that no header names; none takes the reports alone, and no ROOT.
         validation: share of the patients that is held out for it, by the hash of their numbers.
         test: likewise the share of the test split.
     """
@@ -53,13 +53,19 @@ class _Report:
     text: str
 
 
-def read(root: Path, choice: OpenIOptions) -> Iterator[Study | Skipped]:
+def read(root: Path | None, choice: OpenIOptions) -> Iterator[Study | Skipped]:
     """The reports by number, each with its images; those without an image are named.
+
+    Without `root` the reports are those of an installed torchxrayvision, which has no images.
 
     Raises:
         UserError: no reports or no images are found, a damaged archive, views are asked for and no table is there.
     """
     check_shares(choice.validation, choice.test)
+    if choice.views == ("none",):
+        return unique(_texts(root, choice))
+    if root is None:
+        raise UserError("open-i: give the ROOT of its images, or --views none to take the reports alone")
     pictures = {path.stem: path for path in files_under(root) if path.suffix.lower() in PICTURES}
     if not pictures:
         raise UserError(f"{root}: no PNG in it; unpack NLMCXR_png.tgz of openi.nlm.nih.gov/faq there")
@@ -72,12 +78,23 @@ def read(root: Path, choice: OpenIOptions) -> Iterator[Study | Skipped]:
     return unique(_studies(root, pictures, views, choice))
 
 
+def _texts(root: Path | None, choice: OpenIOptions) -> Iterator[Study | Skipped]:
+    for one in _numbered(root, choice):
+        split = "" if isinstance(one, Skipped) else split_of(one.id, choice.validation, choice.test)
+        yield one if isinstance(one, Skipped) else Study(one.id, one.id, (), one.text, split=split, source="open-i")
+
+
+def _numbered(root: Path | None, choice: OpenIOptions) -> list[_Report | Skipped]:
+    """The reports by number."""
+    found = list(_reports(root, choice))
+    number = {one.id: [int(n) for n in re.findall(r"\d+", one.id)] for one in found}
+    return sorted(found, key=lambda one: (number[one.id], one.id))
+
+
 def _studies(
     root: Path, pictures: dict[str, Path], views: dict[str, str], choice: OpenIOptions
 ) -> Iterator[Study | Skipped]:
-    found = list(_reports(root, choice))
-    number = {one.id: [int(n) for n in re.findall(r"\d+", one.id)] for one in found}
-    for one in sorted(found, key=lambda one: (number[one.id], one.id)):
+    for one in _numbered(root, choice):
         if isinstance(one, Skipped):
             yield one
             continue
@@ -95,11 +112,11 @@ def _studies(
             yield Study(one.id, one.id, images, one.text, split=split, source="open-i")
 
 
-def _reports(root: Path, choice: OpenIOptions) -> Iterator[_Report | Skipped]:
+def _reports(root: Path | None, choice: OpenIOptions) -> Iterator[_Report | Skipped]:
     given = Path(choice.reports) if choice.reports else None
     if given is not None and not given.exists():
         raise UserError(f"--reports {given}: no such folder or file")
-    folder = root if given is None else given
+    folder = given or root or Path(REPORTS)
     files = [path for path in files_under(folder) if path.suffix.lower() == ".xml"] if folder.is_dir() else []
     if files:
         for path in files:
@@ -153,5 +170,7 @@ SOURCE = Source(
     read,
     OpenIOptions,
     "Open-i: the chest X-rays of Indiana University, reports in XML",
-    "ROOT/NLMCXR_png/*.png and ROOT/ecgen-radiology/*.xml or ROOT/NLMCXR_reports.tgz",
+    "ROOT/NLMCXR_png/*.png and ROOT/ecgen-radiology/*.xml or ROOT/NLMCXR_reports.tgz\n"
+    "or no ROOT and --views none: the reports alone, of an installed torchxrayvision",
+    packaged=True,
 )
