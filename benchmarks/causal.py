@@ -25,7 +25,9 @@ from medim.model.medim import MeDiMModel
 def causal_attention(model: MeDiMModel, canvas: Canvas, given: Bool[Tensor, "B L"] | None = None) -> dict[str, Any]:
     """As `MeDiMModel.attention` of sdpa, but no position sees a later one."""
     study = canvas.study
-    mask = (study[:, :, None] == study[:, None, :]) & torch.ones_like(study[0, :, None] * study[0], dtype=torch.bool).tril()
+    mask = (study[:, :, None] == study[:, None, :]) & torch.ones_like(
+        study[0, :, None] * study[0], dtype=torch.bool
+    ).tril()
     return {"attention_mask": mask[:, None], "position_ids": canvas.position, "place": canvas.place}
 
 

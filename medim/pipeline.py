@@ -103,7 +103,7 @@ class MeDiM:
     def from_pretrained(
         cls, name: str | Path, device: str | torch.device = "cpu", base: str | Path | None = None
     ) -> MeDiM:
-        """Load a model folder, or the shipped ``demo``, or adapters, merged into the model that they were trained over.
+        """Load a model folder, the shipped ``demo``, ``user/name`` of the hub, or adapters, merged into their base.
 
         Args:
             base: where that model is now, if it was moved: a folder of ours, or of its plain backbone.
@@ -124,7 +124,7 @@ class MeDiM:
         return cls(model, joint, counts, read_sampling(folder), str(name))
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write a self-contained folder."""
+        """Write a self-contained folder; `medim.hub.push_to_hub` publishes one."""
         save_folder(Path(folder), self.model, self.slots, joint=self.joint, sampling=self.sampling)
 
     @property

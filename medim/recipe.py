@@ -50,7 +50,7 @@ class DataOptions:
         studies: when `path` is missing, so many embedded studies are encoded there; 0 says that it must exist.
         pack: positions of a row that several studies share without seeing each other; 0 pads one study a row.
         lungs: outlines of the embedded X-rays; `real` ones come with an installed torchxrayvision.
-        domain: the image modality that reports without an image belong to (for the lengths of their slots); empty: none.
+        domain: the image modality of reports without an image (for the lengths of their slots); empty: none.
     """
 
     path: str | tuple[str, ...]

@@ -94,15 +94,15 @@ def start(source: str | Path, image_tokenizer: str | Path, o: StartOptions) -> S
     """A model to train from a HuggingFace folder, a hub name or a GGUF file.
 
     Raises:
-        UserError: no such model, one that is no pre-norm decoder, damaged or pickled weights, a tokenizer that is not its
-            own, an image tokenizer of another codebook than its rows, or outputs that differ from the backbone's.
+        UserError: no such model, one that is no pre-norm decoder, damaged or pickled weights, a tokenizer that is not
+            its own, an image tokenizer of another codebook than its rows, or outputs that differ from the backbone's.
     """
     image, notes = VQTokenizer.from_pretrained(image_tokenizer), []
     backbone, text = load_backbone(source, o.model.num_layers), load_text_tokenizer(source)
     rows, layers = len(_table(backbone)), len(decoder_layers(backbone))
     if text.size > rows:
         raise UserError(
-            f"{source}: its tokenizer has {text.size} tokens, its table {rows} rows: the tokenizer is not the backbone's"
+            f"{source}: its tokenizer has {text.size} tokens, its table {rows} rows: it is not the backbone's"
         )
     if o.model.num_layers:
         notes.append(
@@ -127,8 +127,8 @@ def start(source: str | Path, image_tokenizer: str | Path, o: StartOptions) -> S
     difference = _difference(model, probe, wanted)
     if difference > 1e-3:
         raise UserError(
-            f"{source}: {type(backbone).__name__} gives other logits inside MeDiM ({difference:.2g} standard deviations): "
-            "its forward pass does more than its decoder and its head; this class is not supported"
+            f"{source}: {type(backbone).__name__} gives other logits inside MeDiM ({difference:.2g} standard "
+            "deviations): its forward pass does more than its decoder and its head; this class is not supported"
         )
     if o.model.dtype == "bf16":
         model.to(torch.bfloat16)
@@ -192,6 +192,8 @@ def _places(source: str | Path) -> tuple[str, str | None]:
             raise UserError(f"{source}: no such file")
         return str(path.parent), path.name
     if path.is_dir():
+        if (path / "canvas.json").is_file():
+            raise UserError(f"{source}: is a model of MeDiM already: train it further with init: {source}")
         if not (path / "config.json").is_file():
             files = sorted(path.glob("*.gguf"))
             hint = f"; name the file: {files[0]}" if files else ""
@@ -200,8 +202,8 @@ def _places(source: str | Path) -> tuple[str, str | None]:
             pickled = sorted([*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")])
             if pickled:
                 raise UserError(
-                    f"{source}: {pickled[0].name} is a pickle, which is not loaded here; convert it once, tensors only: "
-                    f"medim import weights {source} --out DIR"
+                    f"{source}: {pickled[0].name} is a pickle, which is not loaded here; convert it once, tensors "
+                    f"only: medim import weights {source} --out DIR"
                 )
             raise UserError(f"{source}: holds no *.safetensors")
     elif path.suffix or str(source).count("/") != 1 or str(source).startswith((".", "/")):
@@ -217,12 +219,10 @@ def _config(folder: str, gguf: str | None, source: str | Path) -> PreTrainedConf
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{source}: config.json cannot be read, or the hub not reached ({_line(error)})") from error
     kind = config.model_type
-    if kind == "medim":
-        raise UserError(f"{source}: is a model of MeDiM already: train it further with init: {source}")
     if config.is_encoder_decoder:
         raise UserError(f"{source}: {kind} is an encoder-decoder; MeDiM needs a decoder-only language model")
     named = (config.architectures or [""])[0]
-    if kind != "chameleon" and type(config) not in AutoModelForCausalLM._model_mapping or "MaskedLM" in named:
+    if (kind != "chameleon" and type(config) not in AutoModelForCausalLM._model_mapping) or "MaskedLM" in named:
         raise UserError(f"{source}: {named or kind} is no decoder-only language model, which MeDiM needs")
     if hasattr(config, "text_config") and kind != "chameleon":
         raise UserError(f"{source}: {kind} has parts beside its decoder; give a text-only model of its family")
@@ -261,8 +261,8 @@ def _first_code(backbone: PreTrainedModel, codebook: int, asked: int, source: st
         own = list(range(LIQUID[0], sum(LIQUID)))
     if own and len(own) != codebook:
         raise UserError(
-            f"{source}: has rows for {len(own)} image codes, the image tokenizer has {codebook}: give the tokenizer that "
-            "the backbone was trained with"
+            f"{source}: has rows for {len(own)} image codes, the image tokenizer has {codebook}: give the tokenizer "
+            "that the backbone was trained with"
         )
     if not own:
         return None

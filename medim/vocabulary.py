@@ -35,8 +35,8 @@ class Vocabulary:
 
     Attributes:
         text: ids of the text tokenizer, at their own places, ``eos`` among them.
-        image: ids of the K codes of the VQ codebook; code k has id ``image[0] + k``. They may lie among those of `text`:
-            a backbone that was trained on images has rows for them.
+        image: ids of the K codes of the VQ codebook; code k has id ``image[0] + k``. They may lie among those of
+            `text`: a backbone that was trained on images has rows for them.
         eos: end of text; also fills a report's slot.
         tags: id of each structural and modality tag, ``"mask"`` among them. Tags are never noised.
         frames: ids before and after the segments of a role, where they are not our tags: a foreign checkpoint's.

@@ -10,9 +10,11 @@ import sys
 from collections.abc import Callable, Sequence
 
 from medim.cli.estimate import estimate
+from medim.cli.importing import import_
 from medim.cli.inspection import inspect
 from medim.cli.merge import merge
 from medim.cli.preparation import prepare
+from medim.cli.publishing import push
 from medim.cli.sampling import sample
 from medim.cli.scoring import score
 from medim.cli.start import init
@@ -23,11 +25,13 @@ from medim.errors import UserError
 __all__ = [
     "estimate",
     "export",
+    "import_",
     "init",
     "inspect",
     "main",
     "merge",
     "prepare",
+    "push",
     "run",
     "sample",
     "score",
@@ -62,12 +66,14 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (train, "train a model, or go on with a run"),
     "init": (init, "a pretrained language model as the start of a run"),
     "estimate": (estimate, "what a training run will cost: memory, FLOPs, hours"),
+    "import": (import_, "a checkpoint that others published, as a folder of ours"),
     "export": (export, "a training checkpoint as a model folder"),
     "sample": (sample, "make pairs, reports, images, or parts of them"),
     "prepare": (prepare, "encode studies once, before training"),
     "inspect": (inspect, "what is in a prepared dataset, and what is wrong with it"),
     "score": (score, "bits that a model needs for each study; which report fits"),
     "merge": (merge, "adapters into the model that they were trained over"),
+    "push": (push, "a model to the HuggingFace hub, with its card"),
     "tokenizer": (tokenizer, "check an image tokenizer, ours or a published one"),
 }
 

@@ -73,7 +73,7 @@ def prepare(argv: Sequence[str]) -> int:
     return _run(name, root, args, _overrides(args, source.options), _overrides(args, ReportOptions, "reports."))
 
 
-def _run(name: str, root: Path, args: argparse.Namespace, chosen: list[str], cleaning: list[str]) -> int:
+def _run(name: str, root: Path | None, args: argparse.Namespace, chosen: list[str], cleaning: list[str]) -> int:
     import itertools
 
     from medim.config import load

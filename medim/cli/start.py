@@ -9,16 +9,17 @@ from pathlib import Path
 from medim.cli.common import described, make_parser, quiet
 from medim.errors import UserError
 
-HELP = """Make a model to train of a pretrained language model: its tokenizer and all its rows and layers stay, rows for image
-codes and tags are added, its causal mask is removed, the diffusion time comes in by AdaLN that changes nothing yet.
+HELP = """Make a model to train of a pretrained language model: its tokenizer and all its rows and layers stay, rows for
+image codes and tags are added, its causal mask is removed, the diffusion time comes in by AdaLN, which changes
+nothing yet.
 
   medim init HuggingFaceTB/SmolLM2-135M --image-tokenizer demo --out models/smollm2-start         # from the hub
   medim init models/llama-3.2-1b --image-tokenizer runs/vq/final --out models/llama-start          # a folder
   medim init models/smollm2.Q4_1.gguf --image-tokenizer demo --out models/smollm2-start            # a GGUF file
   python train.py CONFIG init=models/smollm2-start                                                 # then train it
 
-BACKBONE is a decoder of the Llama, Mistral, Qwen 2, 2.5 and 3, Gemma 1, 2 and 3 (text), SmolLM, Phi-3, Chameleon or Liquid
-families, or another whose layers are pre-norm: what comes out is compared with the backbone itself before it is written.
+BACKBONE is a decoder of the Llama, Mistral, Qwen 2, 2.5 and 3, Gemma 1, 2 and 3 (text), SmolLM, Phi-3, Chameleon or
+Liquid families, or another with pre-norm layers: what comes out is compared with the backbone before it is written.
 
 Settings (a.b=c):
 {settings}"""
@@ -57,7 +58,7 @@ def init(argv: Sequence[str]) -> int:
         f"{vocabulary.image[1] - 1}, tags {min(vocabulary.tags.values())} to {max(vocabulary.tags.values())}"
     )
     print(
-        f"its logits differ from the backbone's without causal mask by {found.difference:.1g} standard deviations at most; "
+        f"its logits differ from the backbone's without causal mask by {found.difference:.1g} standard deviations; "
         f"{time.perf_counter() - began:.0f} s. Train it: python train.py CONFIG init={args.out}"
     )
     return 0

@@ -122,15 +122,13 @@ def grow_vocabulary(
     Raises:
         ValueError: the backbone has more rows already.
     """
-    table: Any = backbone.get_input_embeddings()
-    old = len(table.weight)
+    old = len(_tables(backbone)[0])
     if old > size:
         raise ValueError(f"the backbone has more rows than the vocabulary's {size}: rows are never cut")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of resizing: the rows it makes are replaced below
         backbone.resize_token_embeddings(size, mean_resizing=False)
-    tables = {id(m.weight): m.weight for m in (backbone.get_input_embeddings(), backbone.get_output_embeddings())}  # type: ignore[union-attr]
-    for number, weight in enumerate(tables.values()):
+    for number, weight in enumerate(_tables(backbone)):
         generator = torch.Generator().manual_seed(2 * seed + number)
         weight[old:] = drawn_rows(weight[:old], size - old, generator).to(weight)
         if codes is not None and codebook is not None:
@@ -174,7 +172,12 @@ def own_code_rows(backbone: PreTrainedModel, ids: Sequence[int]) -> int | None:
     first, wanted = min(ids), torch.tensor(ids)
     if sorted(ids) != list(range(first, first + len(ids))):
         return None
-    tables: Any = (backbone.get_input_embeddings(), backbone.get_output_embeddings())
-    for weight in {id(one.weight): one.weight for one in tables}.values():
+    for weight in _tables(backbone):
         weight[first : first + len(ids)] = weight[wanted].clone()
     return first
+
+
+def _tables(backbone: PreTrainedModel) -> list[Tensor]:
+    """The input and the output embedding [V, D], once if they are tied."""
+    modules: Any = (backbone.get_input_embeddings(), backbone.get_output_embeddings())
+    return list({id(one.weight): one.weight for one in modules}.values())

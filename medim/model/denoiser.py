@@ -71,8 +71,8 @@ class BoundDenoiser:
 
     With ``condition_attention: prefix`` positions outside the generated segments (`Canvas.outside`) attend among
     themselves only, so their keys and values never change: with `cache` they are computed in the first call and kept.
-    The ids there must not change between calls; make another denoiser for others. Exact: equal to no `cache`. Nothing is
-    kept where that would not be exact: logits read beside their position, or a canvas longer than a layer's window.
+    The ids there must not change between calls; make another denoiser for others. Exact: equal to no `cache`. Nothing
+    is kept where that would not be exact: logits read beside their position, or a canvas longer than a layer's window.
 
     With ``full`` attention their states do depend on what is generated. `refresh` = R > 1 computes them in every R-th
     call only and is an approximation; `drift` says how far off it was.

@@ -6,8 +6,8 @@ vocabulary.
 
 from __future__ import annotations
 
-from pathlib import Path
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -64,8 +64,8 @@ class MeDiMConfig(PreTrainedConfig):
     what a sampler must know of the training: its noise schedule, how often it dropped the condition (0: guidance has no
     branch to compare with), and whether given segments attend to generated ones (`condition_attention`).
 
-    A foreign checkpoint's own ways (`medim.official`) are `time` (`TimeOptions`), `read`, how many positions from its own
-    the prediction of a kind is read, and `unseen`, an id whose positions nobody attends to.
+    A foreign checkpoint's own ways (`medim.official`) are `time` (`TimeOptions`), `read`, how many positions from its
+    own the prediction of a kind is read, and `unseen`, an id whose positions nobody attends to.
     """
 
     model_type = "medim"
@@ -266,7 +266,8 @@ class MeDiMModel(PreTrainedModel):
             seen = ids != self.config.unseen
             attention_mask = hidden_keys(attention_mask, seen, embedded.dtype, self.attention_backend)
         if self.config.time["shared"]:
-            t, level = t.amax(1, keepdim=True), torch.zeros_like(ids)
+            own = t if level is None else t.gather(1, level)
+            t, level = own.amax(1, keepdim=True), torch.zeros_like(ids)
         hidden = self.backbone.get_decoder()(
             inputs_embeds=embedded,
             attention_mask=self._windowed(attention_mask, length, ids.device),

@@ -349,7 +349,7 @@ class VQTokenizer(nn.Module):
         for path in (ckpt, config):
             if not path.is_file():
                 raise UserError(f"{path} does not exist")
-        state = _read_checkpoint(ckpt)
+        state = read_checkpoint(ckpt)
         weights = {name: value for name, value in state.items() if not name.startswith("loss.")}
         return cls._from_state(_config_from_taming(config), weights, ckpt)
 
@@ -420,7 +420,12 @@ class _Inert:
         pass
 
 
-def _read_checkpoint(path: Path) -> dict[str, Tensor]:
+def read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """The tensors of a pickled checkpoint; no foreign code runs (see `VQTokenizer.from_taming`).
+
+    Raises:
+        UserError: it cannot be read, or holds no named tensors.
+    """
     try:
         foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         stubs: list[Any] = [(type("_Inert", (_Inert,), {}), name) for name in foreign]

@@ -82,10 +82,11 @@ def test_the_index_counts(how: Encoding, tmp_path: Path) -> None:
 
     index = make(how, tmp_path, found)
     words = len(how.text.encode("Heart is normal."))
+    alone = len(how.text.encode("Only text."))
     assert index["studies"] == 6 and index["patients"] == 2
     assert index["splits"] == {"test": 1, "train": 5}
     assert index["images"]["train"] == {"mri": {"t1": 1, "t2": 1}, "xray": {"": 1, "PA": 2}}
-    assert index["report_tokens"] == {"test": {str(words): 1}, "train": {"0": 1, str(words): 3}}
+    assert index["report_tokens"] == {"test": {str(words): 1}, "train": {"0": 1, str(words): 3, str(alone): 1}}
     assert [(one["id"], one["reason"]) for one in index["skipped"]] == [
         ("s9", "no report beside it"),
         ("s13", "neither an image nor a report"),

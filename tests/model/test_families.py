@@ -73,7 +73,9 @@ def save_plain(family: str, folder: Path, **more: Any) -> Path:
         settings |= {"vocabulary_map": names_of_codes()}
     torch.manual_seed(1)
     config = AutoConfig.for_model(kind, **settings)
-    model = ChameleonForConditionalGeneration(config) if kind == "chameleon" else AutoModelForCausalLM.from_config(config)
+    model = (
+        ChameleonForConditionalGeneration(config) if kind == "chameleon" else AutoModelForCausalLM.from_config(config)
+    )
     model.save_pretrained(folder)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(TEXT / file, folder)
@@ -165,7 +167,9 @@ def test_padding_moves_nothing_and_the_last_token_the_first_position(
     packed = Canvas.pack(rows, 0, 40)
     together = run(model, packed)
     for number, row in enumerate(rows):
-        torch.testing.assert_close(together[packed.study == number], padded[number, : len(row.ids)], atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            together[packed.study == number], padded[number, : len(row.ids)], atol=2e-5, rtol=1e-5
+        )
     canvas = Canvas.collate(rows[1:], 0)  # within the reach of two layers of windows
     ids = canvas.ids.clone()
     ids[0, -1] += 1
