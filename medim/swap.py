@@ -47,7 +47,16 @@ def swap_image_tokenizer(model: MeDiM, image: VQTokenizer, counts: Float[Tensor,
 
     Args:
         counts: of `shared_places`.
+
+    Raises:
+        UserError: the codes' rows are not behind those of the text.
     """
+    kept = model.joint.vocabulary
+    if kept.image[0] < kept.text[1] or kept.image[1] > min(kept.tags.values()) or kept.frames:
+        raise UserError(
+            f"{model.name}: its image codes are rows of the backbone's own, or framed as a foreign checkpoint does: "
+            "keep its image tokenizer"
+        )
     shares = counts + 1e-6 * counts.sum(0)  # codes that never occurred
     shares = shares / shares.sum(1, keepdim=True)
     old = model.joint

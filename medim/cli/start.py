@@ -31,6 +31,7 @@ def init(argv: Sequence[str]) -> int:
     from medim.start import BackboneStart, StartOptions
 
     told = "\n".join(f"  model.{name:12}{about}".replace("%%", "%") for name, about, _ in described(BackboneStart))
+    told += "\n  slot.multiple, slot.longest   positions of a report's slot (16, 256)"
     parser = make_parser("medim init", HELP.format(settings=told))
     parser.add_argument("backbone", help="folder, hub name or GGUF file")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings")

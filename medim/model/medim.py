@@ -251,7 +251,8 @@ class MeDiMModel(PreTrainedModel):
             kernel: more arguments of the attention backend.
 
         Raises:
-            UserError: the canvas is longer than the positions that the backbone knows.
+            UserError: the canvas is longer than the positions that the backbone knows, or the attention backend has no
+                mask for what the backbone does.
         """
         limit = getattr(self.backbone.config, "max_position_embeddings", None)
         if position_ids is None and limit is not None and ids.shape[1] > limit:
@@ -263,6 +264,7 @@ class MeDiMModel(PreTrainedModel):
         if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
             attention_mask = key_mask(attention_mask, self.attention_backend, embedded.dtype, length)
         if self.config.unseen is not None:
+            self._check_backend("an id that nobody attends to")
             seen = ids != self.config.unseen
             attention_mask = hidden_keys(attention_mask, seen, embedded.dtype, self.attention_backend)
         if self.config.time["shared"]:
@@ -292,14 +294,20 @@ class MeDiMModel(PreTrainedModel):
         """How many positions after its own the prediction of a position is read; its row of the canvas has them."""
         return int(self.config.read.get(kind, 0))
 
+    def _check_backend(self, what: str) -> None:
+        if self.attention_backend not in ("sdpa", "eager"):
+            raise UserError(f"attn_implementation: {self.attention_backend} has no mask for {what}; use sdpa")
+
     def is_windowed(self, length: int) -> bool:
         """Whether a canvas is longer than the window of some layers, which then do not see all of it."""
         return self.window is not None and length > self.window + 1
 
     def _windowed(self, mask: Any, length: int, device: torch.device) -> Any:
         """The attention mask for backbones with sliding-window layers: a mask for each kind of layer."""
-        if self.window is None or mask is None or self.attention_backend not in ("sdpa", "eager"):
+        if self.window is None or mask is None or self.attention_backend == "flash_attention_2":
             return mask  # the library makes its own
+        if self.is_windowed(length):
+            self._check_backend("sliding windows on padded or packed canvases")
         near = within(mask, self.window, length, device) if self.is_windowed(length) else mask
         kinds = set(getattr(self.backbone.config, "layer_types", None) or ())
         return {"full_attention": mask, "sliding_attention": near} if kinds else near

@@ -282,6 +282,9 @@ def test_liquid_keeps_its_own_rows_for_codes(
     assert found.model.joint.vocabulary.image == (ROWS - CODES, ROWS) and found.model.joint.vocabulary.mask == ROWS
     old = AutoModelForCausalLM.from_pretrained(tmp_path).get_input_embeddings().weight
     assert torch.equal(found.model.model.output_weight[:ROWS], old)
+    monkeypatch.setattr("medim.start.LIQUID", (ROWS - 8, 8))
+    with pytest.raises(UserError, match=f"has rows for 8 image codes, the image tokenizer has {CODES}"):
+        start(tmp_path, image_folder, StartOptions())
 
 
 @pytest.mark.parametrize(
