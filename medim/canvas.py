@@ -23,11 +23,16 @@ Fill = Literal["full", "padded", "packed"]
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of positions of one modality: ids of the joint vocabulary, without tags."""
+    """A run of positions of one modality: ids of the joint vocabulary, without tags.
+
+    Attributes:
+        view: of an image, as `medim.data.studies.Image.view`; what of it the vocabulary knows becomes tags.
+    """
 
     role: str
     modality: str
     ids: Sequence[int]
+    view: str = ""
 
     @property
     def kind(self) -> Kind:
@@ -37,13 +42,24 @@ class Segment:
 
 @dataclass(frozen=True)
 class Row:
-    """One study as a row of L positions, before padding."""
+    """One study as a row of L positions, before padding.
 
-    ids: np.ndarray  # int64 [L]
-    segment: np.ndarray  # int64 [L], -1 at tags
-    kind: np.ndarray  # int64 [L], index into KINDS, -1 at tags
-    roles: tuple[int, ...]  # [S], index into ROLES
-    modalities: tuple[str, ...] = ()  # [S]
+    Attributes:
+        ids, segment, kind: int64 [L]; segment and kind (an index into KINDS) are -1 at tags.
+        roles: [S], indices into ROLES.
+        modalities, views: [S].
+        tags: [S], of an image the numbers of its modality's and views' tags, from 1 (`Vocabulary.numbers`).
+        aligned: int64 [L], positions by which the codes of all images at one place agree.
+    """
+
+    ids: np.ndarray
+    segment: np.ndarray
+    kind: np.ndarray
+    roles: tuple[int, ...]
+    modalities: tuple[str, ...]
+    views: tuple[str, ...]
+    tags: tuple[tuple[int, ...], ...]
+    aligned: np.ndarray
 
 
 def layout(segments: Sequence[Segment], vocabulary: Vocabulary) -> Row:
@@ -51,23 +67,36 @@ def layout(segments: Sequence[Segment], vocabulary: Vocabulary) -> Row:
 
     The inverse reads `Row.segment`: positions of segment s hold exactly its ids.
     """
+    frames = [vocabulary.frame(part.role, part.modality, part.view) for part in segments]
+    lead = max((len(f[0]) for f, part in zip(frames, segments, strict=True) if part.role == "image"), default=0)
     ids: list[int] = []
     segment: list[int] = []
     kind: list[int] = []
+    aligned: list[int] = []
+    place, shared = 0, None  # where the next text goes, and where all images begin
 
-    def put(values: Sequence[int], s: int = -1, k: int = -1) -> None:
-        ids.extend(values)
-        segment.extend([s] * len(values))
-        kind.extend([k] * len(values))
-
-    for number, part in enumerate(segments):
-        before, after = vocabulary.frame(part.role, part.modality)
-        put(before)
-        put(part.ids, number, KINDS.index(part.kind))
-        put(after)
-    roles = tuple(ROLES.index(part.role) for part in segments)
-    modalities = tuple(part.modality for part in segments)
-    return Row(np.asarray(ids), np.asarray(segment), np.asarray(kind), roles, modalities)
+    for number, (part, (before, after)) in enumerate(zip(segments, frames, strict=True)):
+        ids += [*before, *part.ids, *after]
+        segment += [-1] * len(before) + [number] * len(part.ids) + [-1] * len(after)
+        kind += [-1] * len(before) + [KINDS.index(part.kind)] * len(part.ids) + [-1] * len(after)
+        start = place
+        if part.role == "image":
+            shared = place + lead if shared is None else shared
+            start = shared - len(before)
+        end = start + len(before) + len(part.ids) + len(after)
+        aligned += range(start, end)
+        place = max(place, end)
+    tags = tuple(vocabulary.numbers(one.modality, one.view) if one.role == "image" else () for one in segments)
+    return Row(
+        np.asarray(ids),
+        np.asarray(segment),
+        np.asarray(kind),
+        tuple(ROLES.index(part.role) for part in segments),
+        tuple(part.modality for part in segments),
+        tuple(part.view for part in segments),
+        tags,
+        np.asarray(aligned),
+    )
 
 
 @dataclass(frozen=True)
@@ -80,6 +109,8 @@ class Canvas:
         kind: index into `medim.vocabulary.KINDS`, -1 at tags and padding.
         study: number of the study among all those of the canvas, -1 at padding, which no study attends to.
         role: index into `ROLES` of each segment, -1 where a row has fewer.
+        aligned: positions within the study by which codes of all its images at one place agree (`Row.aligned`).
+        tags: numbers of the tags of each image segment, from 1 on; 0 fills.
         fill: whether all rows hold one study and no padding (``full``), padding too (``padded``), or several studies
             (``packed``): known beforehand, so that no mask is made, and no device asked, where none is needed.
     """
@@ -89,6 +120,8 @@ class Canvas:
     kind: Int[Tensor, "B L"]
     study: Int[Tensor, "B L"]
     role: Int[Tensor, "B S"]
+    aligned: Int[Tensor, "B L"]
+    tags: Int[Tensor, "B S A"]
     fill: Fill = "padded"
 
     @classmethod
@@ -125,8 +158,9 @@ class Canvas:
     def _fill(cls, bins: Sequence[Sequence[int]], rows: Sequence[Row], pad_id: int, length: int, fill: Fill) -> Canvas:
         """Row b of the canvas holds the studies `bins[b]` of `rows`, one after the other."""
         shape = (len(bins), length)
-        ids, segment, kind, study = (np.full(shape, value) for value in (pad_id, -1, -1, -1))
+        ids, segment, kind, study, aligned = (np.full(shape, value) for value in (pad_id, -1, -1, -1, 0))
         role = np.full((len(bins), max(sum(len(rows[n].roles) for n in numbers) for numbers in bins)), -1)
+        tags = np.zeros((*role.shape, max((len(t) for row in rows for t in row.tags), default=0)), dtype=np.int64)
         for b, numbers in enumerate(bins):
             start = segments = 0
             for number in numbers:
@@ -135,9 +169,12 @@ class Canvas:
                 ids[b, at], kind[b, at], study[b, at] = row.ids, row.kind, number
                 segment[b, at] = np.where(row.segment < 0, -1, row.segment + segments)
                 role[b, segments : segments + len(row.roles)] = row.roles
+                aligned[b, at] = row.aligned
+                for s, numbers_of in enumerate(row.tags, segments):
+                    tags[b, s, : len(numbers_of)] = numbers_of
                 segments += len(row.roles)
         made = torch.from_numpy
-        return cls(made(ids), made(segment), made(kind), made(study), made(role), fill)
+        return cls(made(ids), made(segment), made(kind), made(study), made(role), made(aligned), made(tags), fill)
 
     @property
     def valid(self) -> Bool[Tensor, "B L"]:
@@ -185,8 +222,16 @@ class Canvas:
 
     def repeat(self, copies: int) -> Canvas:
         """The same rows `copies` times."""
-        return self._each(lambda values: values.repeat(copies, 1))
+        return self._each(lambda values: values.repeat(copies, *[1] * (values.dim() - 1)))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Canvas:
-        ids, segment, kind, study, role = map(change, (self.ids, self.segment, self.kind, self.study, self.role))
-        return Canvas(ids, segment, kind, study, role, self.fill)
+        return Canvas(
+            change(self.ids),
+            change(self.segment),
+            change(self.kind),
+            change(self.study),
+            change(self.role),
+            change(self.aligned),
+            change(self.tags),
+            self.fill,
+        )

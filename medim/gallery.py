@@ -79,6 +79,7 @@ class Gallery:
             "id": sample.id,
             "task": sample.task,
             "domain": sample.domain,
+            "view": sample.view,
             "seed": seed,
             "given": sample.given,
             "image": image if sample.picture is not None else None,

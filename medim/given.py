@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, get_args
@@ -28,12 +28,13 @@ from medim.pictures.files import open_file
 from medim.template import FREE, GAP, Gap, Slot, Template, Words
 from medim.tokenization.image import Fit, padded
 from medim.tokenization.joint import JointTokenizer
-from medim.vocabulary import MODALITIES
+from medim.vocabulary import MODALITIES, Vocabulary, view_order
 
-Task = Literal["pair", "report", "image", "infill", "inpaint", "edit"]
+Task = Literal["pair", "report", "image", "translate", "infill", "inpaint", "edit"]
 Side = Literal["top", "bottom", "left", "right"]
 SIDES: tuple[Side, ...] = get_args(Side)
-Slots = Mapping[str, Mapping[int, int]]  # how often each slot length occurred in training, by domain
+Slots = dict[str, dict[int, int]]  # how often each slot length occurred in training, by domain
+Views = dict[str, dict[str, int]]  # and each view of an image; an empty one where views were not told
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,9 @@ class Request:
     """One sample to make: what is given and its own random stream.
 
     Attributes:
+        domain: the modality of the image that is given, or made.
+        view: of that image, such as ``"t2 axial"``; empty: not told if the image is given, else drawn as in training.
+        sources: translate: the given images, each with its modality and its view.
         image: a picture or its file. `report`: a text; for task infill with gaps (`medim.template.Template.parse`).
         mask: inpaint: a picture as large as `image`; what is not black is regenerated. Or:
         box: inpaint: (x0, y0, x1, y1) in pixels of `image`, the last two excluded.
@@ -62,6 +66,8 @@ class Request:
     keep_report: str | int | None = None
     gap: tuple[int, int] = GAP
     paste_back: bool = False
+    view: str = ""
+    sources: tuple[Image, ...] = ()
     where: str = ""
 
 
@@ -70,6 +76,7 @@ class Draft:
     """A row to fill.
 
     Attributes:
+        image, report: numbers of these segments in the row; -1 where there is none.
         generate: bool [L], True where ids are generated. Elsewhere ids are given, or [MASK]: unknown.
         rule: int [L], row of `Words.forbidden` of each position.
         slot: the report's part of the row; None if the report is unknown.
@@ -77,6 +84,8 @@ class Draft:
     """
 
     row: Row
+    image: int
+    report: int
     generate: np.ndarray
     rule: np.ndarray
     slot: Slot | None
@@ -94,7 +103,8 @@ class Given:
         codes: int [h, w], codes of the given image, -1 where none is.
         regenerate: bool [h, w], codes to make.
         pixels: bool [R, R], pixels to make.
-        picture: the given image as the model saw it.
+        picture: the given image as the model saw it. `sources`: those of a translation, with their names.
+        view: what is told of the image.
         tried: combinations of gap lengths that were compared.
         spent: forward passes that this took. `seconds`: wall time of all the reading.
     """
@@ -106,14 +116,16 @@ class Given:
     picture: PIL.Image.Image | None
     draft: Draft
     template: Template | None
+    view: str = ""
+    sources: tuple[tuple[str, PIL.Image.Image], ...] = ()
     tried: int = 1
     spent: int = 0
     seconds: float = 0.0
 
     @property
-    def shape(self) -> tuple[bool, ...]:
+    def shape(self) -> tuple[int, ...]:
         """What is made and what is known; requests that agree in it can be batched without changing each other."""
-        known = bool((self.codes >= 0).any()), self.template is not None and self.template.known
+        known = bool((self.codes >= 0).any()), self.template is not None and self.template.known, len(self.sources)
         made = bool(self.regenerate.any()), self.template is not None and bool(self.template.gaps)
         return (*known, *made)
 
@@ -300,11 +312,12 @@ TASKS: dict[Task, TaskRule] = {
     "pair": TaskRule((), (), _everywhere, _written),
     "report": TaskRule((("image",),), (), _nowhere, _written),
     "image": TaskRule((("report",),), (), _everywhere, _whole),
+    "translate": TaskRule((("sources",),), ("report",), _everywhere, _whole),
     "infill": TaskRule((("report",),), ("image",), _nowhere, _gaps),
     "inpaint": TaskRule((("image",), ("mask", "box")), ("report", "paste_back"), _marked, _whole),
     "edit": TaskRule((("keep_image", "keep_report"),), ("image", "report", "paste_back"), _half, _prefix),
 }
-FIELDS = ("image", "report", "mask", "box", "keep_image", "keep_report", "paste_back")
+FIELDS = ("image", "sources", "report", "mask", "box", "keep_image", "keep_report", "paste_back")
 
 
 def takes(task: Task) -> tuple[str, ...]:
@@ -319,12 +332,14 @@ def check(task: Task, request: Request) -> None:
     Raises:
         UserError: one is missing, superfluous, or has no such value.
     """
-    present = {name: value for name in FIELDS if (value := getattr(request, name)) not in (None, "", False)}
+    present = {name: value for name in FIELDS if (value := getattr(request, name)) not in (None, "", False, ())}
     for group in TASKS[task].needs:
         if not any(name in present for name in group):
             raise UserError(f"task {task} needs {' or '.join(_spoken(name) for name in group)} to start from")
     for name in FIELDS:
-        if getattr(request, name) not in (None, False) and name not in takes(task):
+        if getattr(request, name) not in (None, False, ()) and name not in takes(task):
+            if task == "translate" and name == "image":
+                raise UserError("task translate takes `sources`: images with their modality and view")
             if name in ("image", "report"):
                 raise UserError(f"task {task} makes the {name} itself: leave the given {name} out")
             raise UserError(f"task {task} takes no {name}: leave it out")
@@ -339,11 +354,97 @@ def check(task: Task, request: Request) -> None:
             )
         if "report" in present and "keep_report" not in present:
             raise UserError("task edit: say with keep_report how many words of the report are kept, or which")
-    if isinstance(request.image, Path) and not request.image.is_file():
-        raise UserError(f"image {request.image}: no such file")
+    for image in (request.image, *(one.pixels for one in request.sources)):
+        if isinstance(image, Path) and not image.is_file():
+            raise UserError(f"image {image}: no such file")
+    if task == "translate":
+        _check_sources(request)
+
+
+def _check_sources(request: Request) -> None:
+    """Each image of a translation must be told apart from the others by its modality and the words of its view."""
+    named = [(one.modality, one.view) for one in request.sources] + [(request.domain, request.view)]
+    words = [frozenset((m, *MODALITIES[m].words(v))) for m, v in named if m in MODALITIES]
+    for number, one in enumerate(words):
+        for other in range(number):
+            if one == words[other]:
+                name = name_of(*named[number])
+                which = "source and target are both" if number == len(words) - 1 else "two sources are both"
+                raise UserError(f"{which} {name}: say what tells them apart, such as t1 and t2, or mri and ct")
+
+
+def name_of(modality: str, view: str) -> str:
+    """An image as it is spoken of."""
+    return f"{modality} {view}".strip()
+
+
+def read_name(text: str, domain: str) -> tuple[str, str]:
+    """What a user calls an image, as modality and view: ``"gm"``, ``"ct soft"``, ``"lateral"``.
+
+    Example:
+        >>> read_name("gm axial", "mri"), read_name("CT soft", "mri"), read_name("mri", "ct")
+        (('mri', 'gm axial'), ('ct', 'soft'), ('mri', ''))
+    """
+    words = text.lower().split()
+    modality = next((word for word in words if word in MODALITIES), domain)
+    return modality, " ".join(word for word in words if word not in MODALITIES)
+
+
+def read_source(text: str, domain: str, folder: Path | None = None) -> Image:
+    """A given image as ``NAME=FILE``, or a file whose own name tells what it is (``T1.png``, ``head_t2_axial.png``).
+
+    Args:
+        folder: what the file is relative to, if it is there.
+    """
+    name, equals, file = text.partition("=")
+    known = set(MODALITIES) | {word for one in MODALITIES.values() for words in one.views.values() for word in words}
+    if not equals or not set(name.lower().split()) <= known:
+        file, said = text, re.split(r"[^a-z0-9]+", Path(text).stem.lower())
+        modality = next((word for word in said if word in MODALITIES), domain)
+        name = f"{modality} {' '.join(MODALITIES[modality].words(' '.join(said)))}" if modality in MODALITIES else ""
+    path = folder / file if folder is not None and (folder / file).exists() else Path(file)
+    modality, view = read_name(name, domain)
+    return Image(modality, path, view)
+
+
+def completed(view: str, modality: str, others: Sequence[Image], more: str = "") -> str:
+    """A view with what it does not say itself taken from `more`, or else from the other images: sequence, plane, ..."""
+    said = [*MODALITIES[modality].words(view)] if modality in MODALITIES else []
+    extra = [word for word in view.lower().split() if word not in said]
+    for words in MODALITIES[modality].views.values() if modality in MODALITIES else ():
+        if not set(words) & set(said):
+            told = (*more.lower().split(), *(word for one in others for word in one.view.lower().split()))
+            said += [next((word for word in told if word in words), "")]
+    return " ".join(word for word in (*said, *extra) if word)
+
+
+def check_view(modality: str, view: str, vocabulary: Vocabulary, seen: Mapping[str, int] | None) -> None:
+    """Check the words of a view that a user told.
+
+    Args:
+        seen: the views that the model was trained on, if that is known.
+
+    Raises:
+        UserError: a word that the modality or the model does not have, or two words for one thing.
+    """
+    tables = MODALITIES[modality].views
+    for word in view.lower().split():
+        if not any(word in words for words in tables.values()):
+            known = "; ".join(f"{name}: {', '.join(words)}" for name, words in tables.items()) or "no views"
+            raise UserError(f"unknown view {word!r} of {modality}: it has {known}")
+        trained = sorted({one for told in seen or () for one in told.split()})
+        if word not in vocabulary.views or (seen and word not in trained):
+            raise UserError(
+                f"view {word!r}: the model never saw one of {modality}, only {', '.join(trained) or 'none'}"
+            )
+    for name, words in tables.items():
+        if len(both := [word for word in MODALITIES[modality].words(view) if word in words]) > 1:
+            raise UserError(f"view {view!r}: {' and '.join(both)} are both a {name}: give one")
 
 
 def _spoken(name: str) -> str:
+    if name == "sources":
+        return "an image"
     return ("an " if name == "image" else "a ") + name if "_" not in name else name
 
 
@@ -379,10 +480,14 @@ def _likeliest(
 
 
 class Reader:
-    """Makes rows of requests, with the tokenizers and the slot lengths of one model."""
+    """Makes rows of requests, with the tokenizers of one model and what it saw in training.
 
-    def __init__(self, joint: JointTokenizer, slots: Slots) -> None:
-        self.joint, self.slots = joint, slots
+    Args:
+        absent: in training, images and reports were left off the canvas; then what is not known is left off here too.
+    """
+
+    def __init__(self, joint: JointTokenizer, slots: Slots, views: Views | None = None, absent: bool = False) -> None:
+        self.joint, self.slots, self.views, self.absent = joint, slots, views or {}, absent
         self.side = joint.image.config.resolution
         self.grid = joint.image.grid(self.side, self.side)[0]
         self.place = Geometry(self.side, joint.image.config.fit)
@@ -403,15 +508,35 @@ class Reader:
             rule = TASKS[task]
             rule.region(request, self.place, self.grid)
             template = rule.template(request)
-            longest = max(self.slots[request.domain])
-            if template is not None and template.pieces != (Gap(),):
-                fixed = self.words.fit(template, self.joint.slot.longest)
-                wanted = self._size(fixed + sum(gap.high or 0 for gap in template.gaps))
-                longest = max(longest, wanted) if Gap() in template.pieces else wanted
+            named = [(request.domain, request.view), *((one.modality, one.view) for one in request.sources)]
+            for modality, view in named:
+                if modality not in MODALITIES or (self.views and modality not in self.views):
+                    known = ", ".join(self.views or MODALITIES)
+                    raise UserError(f"unknown modality {modality!r}: the model knows {known}")
+                check_view(modality, view, self.joint.vocabulary, self.views.get(modality))
+            longest = self._longest(task, request, template)
         except UserError as error:
             raise UserError(f"{request.where}{error}") from error
-        frames = (self.joint.vocabulary.frame(role, request.domain) for role in ("image", "report"))
-        return self.grid**2 + longest + sum(len(ids) for frame in frames for ids in frame)
+        frames = [self.joint.vocabulary.frame("image", *one) for one in named]
+        frames += [self.joint.vocabulary.frame("report", "text")] if longest else []
+        return len(named) * self.grid**2 + longest + sum(len(ids) for frame in frames for ids in frame)
+
+    def _longest(self, task: Task, request: Request, template: Template | None) -> int:
+        """Positions of the longest slot that a report of the request can get; 0: there is none."""
+        if template is None and self._leaves_out(task):
+            return 0
+        slots = self.slots.get(request.domain)
+        if slots is None:
+            raise UserError(f"task {task}: the model saw no report of {request.domain}")
+        if template is None or template.pieces == (Gap(),):
+            return max(slots)
+        fixed = self.words.fit(template, self.joint.slot.longest)
+        wanted = self._size(fixed + sum(gap.high or 0 for gap in template.gaps))
+        return max(max(slots), wanted) if Gap() in template.pieces else wanted
+
+    def _leaves_out(self, task: Task) -> bool:
+        """Whether a report that is not known has no place on the canvas either."""
+        return task == "translate" and self.absent
 
     def read(self, task: Task, request: Request, score: Score) -> Given:
         """The request as positions; `score` chooses the lengths of gaps.
@@ -434,48 +559,79 @@ class Reader:
             codes = self.joint.image_codes(Image(request.domain, prepared)).cpu().numpy()
             picture = prepared.convert("L") if gray else prepared
         template = rule.template(request)
+        view = request.view.lower() or ("" if picture is not None else self._drawn_view(request))
         shown = np.where(regenerate, -1, codes).ravel()
         ids = np.where(shown < 0, self.joint.vocabulary.mask, shown + self.joint.vocabulary.image[0]).tolist()
-        image = Segment("image", request.domain, ids)
+        image, given = Segment("image", request.domain, ids, view), []
+        pictures = []
+        for one in request.sources:
+            prepared = self.joint.image.prepare(one.pixels, MODALITIES[one.modality].gray)
+            given.append(
+                Segment(
+                    "image",
+                    one.modality,
+                    self.joint.code_ids(self.joint.image_codes(replace(one, pixels=prepared))),
+                    one.view.lower(),
+                )
+            )
+            pictures.append(
+                (name_of(one.modality, one.view), prepared.convert("L") if MODALITIES[one.modality].gray else prepared)
+            )
+        images = sorted([*given, image], key=lambda one: view_order(one.modality, one.view)) if given else [image]
+        made = next(number for number, one in enumerate(images) if one is image)
         stream = np.random.default_rng(np.random.SeedSequence(request.stream))
 
         def draft(lengths: tuple[int, ...] = (), size: int | None = None) -> Draft:
-            return self._draft(image, regenerate, template, lengths, size)
+            return self._draft(images, made, regenerate, template, lengths, size)
 
         tried = 1
         fixed = 0 if template is None else self.words.fit(template, self.joint.slot.longest)
-        if template is None or Gap() in template.pieces:
+        if template is None and self._leaves_out(task):
+            best = draft(size=0)
+        elif template is None or Gap() in template.pieces:
             trained = {n: count for n, count in self.slots[request.domain].items() if n > fixed}
             sizes, counts = zip(*sorted((trained or {self._size(fixed): 1}).items()), strict=True)
             best = draft(size=int(stream.choice(sizes, p=np.array(counts) / sum(counts))))
         else:
             best, tried = _likeliest(template, self.joint.slot.longest - 1 - fixed, stream, draft, score)
-        return Given(request, codes, regenerate, pixels, picture, best, template, tried)
+        return Given(request, codes, regenerate, pixels, picture, best, template, view, tuple(pictures), tried)
+
+    def _drawn_view(self, request: Request) -> str:
+        """A view as often as it occurred in training."""
+        seen = self.views.get(request.domain, {})
+        if not seen:
+            return ""
+        stream = np.random.default_rng(np.random.SeedSequence(request.stream, spawn_key=(1,)))
+        counts = np.array(list(seen.values()))
+        return list(seen)[int(stream.choice(len(seen), p=counts / counts.sum()))]
 
     def _draft(
         self,
-        image: Segment,
+        images: Sequence[Segment],
+        made: int,
         regenerate: np.ndarray,
         template: Template | None,
         lengths: tuple[int, ...],
         size: int | None,
     ) -> Draft:
-        """One layout; without a size, its slot is as long as that of such a report in training."""
-        slot, prior = None, 0.0
+        """One layout in which image number `made` is the one asked for; without a size, its slot is as long as that of
+        such a report in training; with size 0 there is none.
+        """
+        slot, prior, report = None, 0.0, len(images)
         if size is None:
             assert template is not None
             size = self._size(self.words.fit(template, self.joint.slot.longest) + sum(lengths))
-            slots = self.slots[image.modality]
+            slots = self.slots.get(images[made].modality, {})
             prior = -math.log((slots.get(size, 0) + 1) / (sum(slots.values()) + len(slots) + 1))
         if template is not None:
             slot = self.words.slot(template, lengths, size)
-        report = slot.ids if slot else [self.joint.vocabulary.mask] * size
-        row = layout([image, Segment("report", "text", report)], self.joint.vocabulary)
+        words = slot.ids if slot else [self.joint.vocabulary.mask] * size
+        row = layout([*images, *([Segment("report", "text", words)] if size else [])], self.joint.vocabulary)
         generate, rule = np.zeros(len(row.ids), dtype=bool), np.full(len(row.ids), FREE)
-        generate[row.segment == 0] = regenerate.ravel()
+        generate[row.segment == made] = regenerate.ravel()
         if slot is not None:
-            generate[row.segment == 1], rule[row.segment == 1] = slot.generate, slot.rule
-        return Draft(row, generate, rule, slot, prior)
+            generate[row.segment == report], rule[row.segment == report] = slot.generate, slot.rule
+        return Draft(row, made, report if size else -1, generate, rule, slot, prior)
 
     def _size(self, tokens: int) -> int:
         """Positions of a slot for so many tokens and ``<eos>``, by the rule of training."""

@@ -24,8 +24,14 @@ from medim.model.medim import ConditionAttention, Scored
 from medim.vocabulary import KINDS
 
 T_BINS = 10
-Task = Literal["pair", "report", "image"]
-GIVEN: dict[Task, str | None] = {"pair": None, "report": "image", "image": "report"}  # the role that has t=0
+Task = Literal["pair", "report", "image", "translate"]
+# the roles that have t=0; of the images of `translate`, all but one
+GIVEN: dict[Task, tuple[str, ...]] = {
+    "pair": (),
+    "report": ("image",),
+    "image": ("report",),
+    "translate": ("image", "report"),
+}
 
 
 @options
@@ -33,8 +39,9 @@ class ObjectiveOptions:
     """What is learnt, and how it is weighed.
 
     Attributes:
-        tasks: mixture weights; ``pair`` draws an independent noise level for each segment.
-        condition_dropout: probability that the given segment is wholly masked instead (trains guidance).
+        tasks: mixture weights; ``pair`` draws an independent noise level for each segment, ``report`` is given all
+            images, ``image`` the report, ``translate`` all but one of the images, and the report.
+        condition_dropout: probability that what is given is wholly masked instead (trains guidance).
         condition_attention: whether given segments attend to generated ones (``full``, the paper's) or only to each
             other (``prefix``: sampling computes them once).
         schedule, schedule_power: alpha(t), see `medim.diffusion.Schedule`; the power is the polynomial's.
@@ -103,13 +110,17 @@ def noise_levels(
     dropped = rng.random(batch_size) < o.condition_dropout
     slots = roles.shape[1]
     strata = np.stack([(rng.permutation(batch_size) + rng.random(batch_size)) / batch_size for _ in range(slots)], 1)
+    wanted = rng.random(batch_size)  # which image a translation makes
     here = np.asarray(places)
     t = o.min_t + (1 - o.min_t) * strata[here]
     given = np.zeros_like(t, dtype=bool)
     for number, name in enumerate(names):
-        role = GIVEN[name]
-        if role is not None:
-            given |= (tasks[here] == number)[:, None] & (roles == ROLES.index(role))
+        asked = (tasks[here] == number)[:, None]
+        given |= asked & np.isin(roles, [ROLES.index(role) for role in GIVEN[name]])
+        if name == "translate":
+            images = roles == ROLES.index("image")
+            target = (wanted[here] * images.sum(1)).astype(int)[:, None]
+            given &= ~(asked & images & (images.cumsum(1) - 1 == target))
     given &= ~(given | (roles < 0)).all(1, keepdims=True)  # nothing left to learn: then it is no condition
     t = np.where(given, np.where(dropped[here][:, None], 1.0, 0.0), t)
     return t.astype(np.float32), ~given & (roles >= 0)

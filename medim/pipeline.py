@@ -21,7 +21,7 @@ from medim.canvas import ROLES, Canvas
 from medim.data.studies import Image, Study
 from medim.diffusion import Denoiser, groups_of, token_nll
 from medim.errors import UserError
-from medim.given import TASKS, Draft, Given, Reader, Request, Task
+from medim.given import TASKS, Draft, Given, Reader, Request, Slots, Task, Views
 from medim.likelihood import NLL, Fit, Ranking, Scorer
 from medim.loading import ASSETS as ASSETS  # a part of this module for others, as is resolve
 from medim.loading import load_network, resolve
@@ -46,6 +46,8 @@ class Sample:
         codes: int [h, w] of `picture`, -1 where none.
         given_codes: int [h, w] of the given image, -1 where none.
         regenerated: bool [h, w]: these codes were made, all others are `given_codes`.
+        view: what was told of the picture, such as ``"t2 axial"``.
+        sources: the images that a translation was given, with their names.
     """
 
     id: str
@@ -57,6 +59,8 @@ class Sample:
     given_codes: np.ndarray
     regenerated: np.ndarray
     stats: dict[str, Any] = field(default_factory=dict)
+    view: str = ""
+    sources: tuple[tuple[str, PIL.Image.Image], ...] = ()
 
     @property
     def image(self) -> PIL.Image.Image:
@@ -76,11 +80,12 @@ class Sample:
 
     @property
     def given(self) -> str | None:
-        """What was not generated: ``image``, ``report``, ``part of the image``, two of them, or None."""
+        """What was not generated: ``image``, ``report``, ``part of the image``, sources by name, several, or None."""
         kept = (self.given_codes >= 0) & ~self.regenerated
         words = [given for _, given in self.parts]
         shares = {"image": (kept.any(), kept.all()), "report": (any(words), all(words))}
-        said = [name if whole else f"part of the {name}" for name, (some, whole) in shares.items() if some]
+        said = [name for name, _ in self.sources]
+        said += [name if whole else f"part of the {name}" for name, (some, whole) in shares.items() if some]
         return " and ".join(said) or None
 
 
@@ -93,11 +98,17 @@ class MeDiM:
     """
 
     def __init__(
-        self, model: MeDiMModel, joint: JointTokenizer, slots: dict[str, dict[int, int]], sampling: Sampling, name: str
+        self,
+        model: MeDiMModel,
+        joint: JointTokenizer,
+        slots: Slots,
+        sampling: Sampling,
+        name: str,
+        views: Views | None = None,
     ) -> None:
-        self.model, self.joint, self.slots, self.name = model.eval(), joint, slots, name
+        self.model, self.joint, self.slots, self.name, self.views = model.eval(), joint, slots, name, views or {}
         self.sampling = sampling if model.config.condition_dropout else sampling.without_guidance()
-        self.reader = Reader(joint, slots)
+        self.reader = Reader(joint, slots, self.views, model.config.absent > 0)
 
     @classmethod
     def from_pretrained(
@@ -121,11 +132,12 @@ class MeDiM:
         slots = _read_json(folder / "report_slots.json")
         counts = {domain: {int(k): v for k, v in histogram.items()} for domain, histogram in slots.items()}
         model.to(device)  # type: ignore[arg-type]
-        return cls(model, joint, counts, read_sampling(folder), str(name))
+        views = _read_json(folder / "views.json") if (folder / "views.json").is_file() else None
+        return cls(model, joint, counts, read_sampling(folder), str(name), views)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a self-contained folder; `medim.hub.push_to_hub` publishes one."""
-        save_folder(Path(folder), self.model, self.slots, joint=self.joint, sampling=self.sampling)
+        save_folder(Path(folder), self.model, self.slots, self.views, joint=self.joint, sampling=self.sampling)
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -134,9 +146,9 @@ class MeDiM:
         Raises:
             UserError: none: it comes from `medim init`.
         """
-        if not self.slots:
+        if not self.slots and not self.views:
             raise UserError(f"{self.name}: was never trained; train it first: train.py CONFIG init={self.name}")
-        return tuple(self.slots)
+        return tuple(dict.fromkeys((*self.slots, *self.views)))
 
     def sample(
         self,
@@ -157,7 +169,7 @@ class MeDiM:
             image: the image that is given, or of which a part is; a file or a picture.
             report: the report that is given; for task infill with gaps, such as ``"Heart [...]. No [...2-3]."``.
             mask: task inpaint: what is to be regenerated; a file or a picture as large as `image`.
-            given: more fields of `Request`: box, keep_image, keep_report, gap, paste_back.
+            given: more fields of `Request`: view, sources, box, keep_image, keep_report, gap, paste_back.
 
         Raises:
             UserError: `n` < 1, an unknown task or domain, something missing or superfluous that is given, or guidance
@@ -168,7 +180,7 @@ class MeDiM:
         image, mask = (Path(one) if isinstance(one, str) else one for one in (image, mask))
         domain = domain or self.domains[0]
         requests = [
-            Request(f"{domain}-{task}-{i:05d}", domain, (seed, i), image, report, mask, **given) for i in range(n)
+            Request(f"{domain}-{task}-{i:05d}", domain, (seed, i), image, report, mask=mask, **given) for i in range(n)
         ]
         return list(self.generate(task, requests, batch_size=batch_size, sampling=sampling))
 
@@ -266,7 +278,8 @@ class MeDiM:
                 stats["lengths_tried"] = given.tried
             if request.paste_back and given.picture is not None:
                 stats["paste_back"] = True
-            yield Sample(request.id, task, request.domain, picture, parts, codes, given.codes, given.regenerate, stats)
+            about = (request.id, task, request.domain, picture, parts, codes, given.codes, given.regenerate, stats)
+            yield Sample(*about, given.view, given.sources)
 
     def _fill(
         self, batch: Sequence[Given], sampling: Sampling, note: Callable[[str], None] | None
@@ -325,7 +338,8 @@ class MeDiM:
     def _phases(
         self, canvas: Canvas, generate: Bool[Tensor, "B L"], sampling: Sampling
     ) -> Iterator[tuple[Bool[Tensor, "B L"] | None, list[tuple[Plan, Bool[Tensor, "B L"]]]]]:
-        """What guidance's second branch does not see, and what is generated by which plan: one after the other."""
+        """What guidance's other branch does not see (the segments of which nothing is generated), and what is generated
+        by which plan: one after the other."""
         where = {role: canvas.has_role(role) for role in ("report", "image")}
         plans = {"report": sampling.report, "image": sampling.image}
         made = [role for role in where if bool((where[role] & generate).any())]
@@ -333,7 +347,8 @@ class MeDiM:
             yield None, [(plans[role], where[role] & generate) for role in made]
             return
         for role in made if sampling.order == "report-first" else made[::-1]:
-            yield where["image" if role == "report" else "report"], [(plans[role], where[role] & generate)]
+            now = where[role] & generate
+            yield canvas.outside(now) & (canvas.segment >= 0), [(plans[role], now)]
 
     @torch.no_grad()
     def _bounds(self, drafts: Sequence[Draft], stream: tuple[int, ...]) -> list[float]:
@@ -372,12 +387,13 @@ class MeDiM:
         """Picture, report piece by piece, and codes of a filled row."""
         segment, codes, picture = given.draft.row.segment, given.codes, given.picture
         if given.regenerate.any():
-            codes = self.joint.grid(ids[segment == 0]).numpy()
-            picture = self.joint.picture(ids[segment == 0], given.request.domain)
+            made = ids[segment == given.draft.image]
+            codes = self.joint.grid(made).numpy()
+            picture = self.joint.picture(made, given.request.domain)
             if given.request.paste_back and given.picture is not None:
                 picture.paste(given.picture, mask=PIL.Image.fromarray(~given.pixels))
         slot = given.draft.slot
-        parts = () if slot is None else self.reader.words.read(slot, ids[segment == 1].tolist())
+        parts = () if slot is None else self.reader.words.read(slot, ids[segment == given.draft.report].tolist())
         return picture, parts, codes
 
     def _scorer(self, n_times: int, seed: int, batch_size: int, progress: Callable[[int], None] | None) -> Scorer:
@@ -467,7 +483,13 @@ def _batches(given: Iterator[Given], size: int) -> Iterator[list[Given]]:
 
 
 def save_folder(
-    folder: Path, model: MeDiMModel, slots: dict[str, dict[int, int]], *, joint: JointTokenizer, sampling: Sampling
+    folder: Path,
+    model: MeDiMModel,
+    slots: Slots,
+    views: Views | None = None,
+    *,
+    joint: JointTokenizer,
+    sampling: Sampling,
 ) -> None:
     """Write what `MeDiM.from_pretrained` reads."""
     if model.lora is None:
@@ -475,19 +497,26 @@ def save_folder(
     else:
         folder.mkdir(parents=True, exist_ok=True)
         adapters.write_weights(folder, {name: p for name, p in model.named_parameters() if p.requires_grad})
-    save_parts(folder, model, slots, joint=joint, sampling=sampling)
+    save_parts(folder, model, slots, views, joint=joint, sampling=sampling)
 
 
 def save_parts(
-    folder: Path, model: MeDiMModel, slots: dict[str, dict[int, int]], *, joint: JointTokenizer, sampling: Sampling
+    folder: Path,
+    model: MeDiMModel,
+    slots: Slots,
+    views: Views | None = None,
+    *,
+    joint: JointTokenizer,
+    sampling: Sampling,
 ) -> None:
-    """Write a model folder but for its weights: config, tokenizers, report slots, sampling defaults."""
+    """Write a model folder but for its weights: config, tokenizers, report slots, views, sampling defaults."""
     if model.lora is not None:
         adapters.write_settings(folder, model.lora)
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     joint.save_pretrained(folder)
     (folder / "report_slots.json").write_text(json.dumps(slots) + "\n")
+    (folder / "views.json").write_text(json.dumps(views or {}) + "\n")
     (folder / "sampling.json").write_text(json.dumps(asdict(sampling), indent=1) + "\n")
 
 

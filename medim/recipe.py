@@ -32,7 +32,7 @@ from medim.training.folders import STATE_NAME
 from medim.training.loop import TrainOptions
 from medim.training.report import LogOptions
 from medim.training.sizes import EstimateOptions
-from medim.training.task import DiffusionTask, Rows, Slots
+from medim.training.task import DiffusionTask, Rows, Shown, Slots
 from medim.training.validation import Validation, ValidationOptions
 from medim.training.weights import Source, Stored, skeleton
 from medim.vocabulary import MODALITIES
@@ -47,6 +47,9 @@ class DataOptions:
         weights: of the datasets of a mixture; none: by their sizes and `temperature`.
         temperature: 1 draws every study equally often, a higher one small datasets more often.
         images: images of a study on one canvas, at most; of more, others in each epoch.
+        absent: probability that an image, or the report, is left off the canvas: teaches to make one from any subset of
+            the others.
+        untold: probability that a word of the views that does not tell a study's images apart is left untold.
         studies: when `path` is missing, so many embedded studies are encoded there; 0 says that it must exist.
         pack: positions of a row that several studies share without seeing each other; 0 pads one study a row.
         lungs: outlines of the embedded X-rays; `real` ones come with an installed torchxrayvision.
@@ -57,10 +60,17 @@ class DataOptions:
     weights: tuple[float, ...] = ()
     temperature: Annotated[float, Field(gt=0)] = 1.0
     images: Annotated[int, Field(ge=1)] = 1
+    absent: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    untold: Annotated[float, Field(ge=0, le=1)] = 0.1
     studies: int = 0
     lungs: Outlines = "ellipse"
     pack: Annotated[int, Field(ge=0)] = 0
     domain: str = ""
+
+    @property
+    def shown(self) -> Shown:
+        """What of a study is on its canvas."""
+        return Shown(self.images, self.absent, self.untold, self.domain)
 
 
 @options
@@ -134,6 +144,7 @@ def make_task(config: TrainConfig) -> DiffusionTask:
             file=sys.stderr,
         )
     model.config.condition_dropout, model.config.condition_attention = config.objective.condition_dropout, attention
+    model.config.absent = config.data.absent
     if config.lora.rank:
         add_lora(model, config.lora, config.seed, config.init or "", _adapted_base(config.init or ""))
     write = partial(save_parts, joint=joint, sampling=sampling)
@@ -146,7 +157,7 @@ def make_task(config: TrainConfig) -> DiffusionTask:
     fits = all(prepare.read_index(folder)["text_tokenizer"] == prepare.text_hash(joint.text) for folder in folders)
     if config.data.domain and config.data.domain not in MODALITIES:
         raise UserError(f"data.domain={config.data.domain}: no image modality; one of {', '.join(MODALITIES)}")
-    rows = Rows(joint, data, config.data.images, fits, config.data.domain)
+    rows = Rows(joint, data, config.data.shown, fits)
     return DiffusionTask(
         model,
         rows,
@@ -176,7 +187,7 @@ def _validation(config: TrainConfig, joint: JointTokenizer, folders: Sequence[st
     for folder in folders:
         data = prepare.load(folder, joint.image, split="validation")
         data = data.select(range(min(o.studies, len(data))))
-        source = Rows(joint, [data], config.data.images)
+        source = Rows(joint, [data], config.data.shown)
         rows += [source.row(0, index) for index in range(len(data))]
         records += list(data)
     modalities = [str(record["images"][0]["modality"]) if record["images"] else "text" for record in records]

@@ -60,14 +60,14 @@ def swap_image_tokenizer(model: MeDiM, image: VQTokenizer, counts: Float[Tensor,
     shares = counts + 1e-6 * counts.sum(0)  # codes that never occurred
     shares = shares / shares.sum(1, keepdim=True)
     old = model.joint
-    joint = JointTokenizer.build(old.text, image, old.slot, rows=old.vocabulary.image[0])
+    joint = JointTokenizer.build(old.text, image, old.slot, rows=old.vocabulary.image[0], views=old.vocabulary.views)
     state = {name: _rows(value, old.vocabulary, joint.vocabulary, shares) if name in _tables(model.model) else value
              for name, value in model.model.state_dict().items()}  # fmt: skip
     settings = model.model.config.to_dict() | {"vocabulary": joint.vocabulary.to_dict()}
     settings["backbone"] = {**settings["backbone"], "vocab_size": joint.vocabulary.size}
     swapped = MeDiMModel(MeDiMConfig(**settings))
     swapped.load_state_dict(state)
-    return MeDiM(swapped, joint, model.slots, model.sampling, model.name)
+    return MeDiM(swapped, joint, model.slots, model.sampling, model.name, model.views)
 
 
 def _tables(model: MeDiMModel) -> set[str]:

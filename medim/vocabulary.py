@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -14,17 +14,59 @@ KINDS: tuple[Kind, ...] = ("text", "image")  # the index of a kind is what `Canv
 
 @dataclass(frozen=True)
 class Modality:
-    """Settings of an image modality; adding one is adding a row to `MODALITIES`."""
+    """Settings of an image modality; adding one is adding a row to `MODALITIES` (docs/modalities.md).
+
+    Attributes:
+        gray: one channel.
+        views: words that tell its images apart, by what they say; `Image.view` holds some of them, one of each at most.
+            Each is a tag of the vocabulary.
+    """
 
     gray: bool
+    views: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def words(self, view: str) -> tuple[str, ...]:
+        """The words of a view that are known, in the table's order, in small letters.
+
+        Example:
+            >>> MODALITIES["mri"].words("axial T2 fat-suppressed")
+            ('t2', 'axial')
+        """
+        said = view.lower().split()
+        return tuple(word for words in self.views.values() for word in words if word in said)
 
 
+PLANES = ("axial", "coronal", "sagittal")
 MODALITIES: dict[str, Modality] = {
-    "xray": Modality(gray=True),
+    "xray": Modality(gray=True, views={"projection": ("pa", "ap", "lateral")}),
     "pathology": Modality(gray=False),
-    "ct": Modality(gray=True),
-    "mri": Modality(gray=True),
+    "ct": Modality(gray=True, views={"window": ("lung", "soft", "brain", "bone"), "plane": PLANES}),
+    "mri": Modality(
+        gray=True, views={"sequence": ("t1", "t1ce", "t2", "flair", "pd", "gm", "wm", "csf"), "plane": PLANES}
+    ),
 }
+
+
+def all_views() -> tuple[str, ...]:
+    """Every word of every modality's views, once."""
+    return tuple(dict.fromkeys(w for one in MODALITIES.values() for words in one.views.values() for w in words))
+
+
+def view_order(modality: str, view: str) -> tuple[int, tuple[int, ...]]:
+    """Where the images of a study stand on its canvas: in the order of the tables, unknown words last.
+
+    Example:
+        >>> sorted(["axial t2", "gm axial", "t1"], key=lambda view: view_order("mri", view))
+        ['t1', 'axial t2', 'gm axial']
+    """
+    one, words = MODALITIES[modality], MODALITIES[modality].words(view)
+    places = tuple(
+        next((n for n, word in enumerate(known) if word in words), len(known)) for known in one.views.values()
+    )
+    return list(MODALITIES).index(modality), places
+
+
+VIEW = "view_"  # begins the name of a view's tag
 _STRUCTURE = ("mask", "begin_image", "end_image", "report", "prompt")
 Frame = tuple[tuple[int, ...], tuple[int, ...]]  # ids before and after a segment
 
@@ -49,16 +91,25 @@ class Vocabulary:
     frames: Mapping[str, Frame] = field(default_factory=dict)
 
     @classmethod
-    def build(cls, text_size: int, eos: int, codebook_size: int, rows: int = 0, image: int | None = None) -> Vocabulary:
+    def build(
+        cls,
+        text_size: int,
+        eos: int,
+        codebook_size: int,
+        rows: int = 0,
+        image: int | None = None,
+        views: Sequence[str] | None = None,
+    ) -> Vocabulary:
         """Append codes and tags to the `text_size` ids of a text tokenizer (or after `rows` rows of its backbone).
 
         Args:
             image: the backbone's own row of code 0, if it has rows for the codes; then only tags are appended.
+            views: words that get a tag; None: those of all modalities.
         """
         end = max(text_size, rows)
         codes = (end, end + codebook_size) if image is None else (image, image + codebook_size)
         start = max(end, codes[1])
-        names = (*_STRUCTURE, *MODALITIES)
+        names = (*_STRUCTURE, *MODALITIES, *(VIEW + word for word in (all_views() if views is None else views)))
         return cls((0, text_size), codes, eos, {name: start + i for i, name in enumerate(names)})
 
     @property
@@ -86,8 +137,25 @@ class Vocabulary:
             raise UserError(f"unknown modality {modality!r}: this vocabulary has {known}")
         return self.tags[modality]
 
-    def frame(self, role: str, modality: str) -> Frame:
-        """The ids that stand before and after a segment.
+    def view_tags(self, modality: str, view: str) -> tuple[int, ...]:
+        """The ids of those words of a view that have a tag here; an older vocabulary has none."""
+        if modality not in MODALITIES:
+            return ()
+        return tuple(self.tags[VIEW + word] for word in MODALITIES[modality].words(view) if VIEW + word in self.tags)
+
+    def numbers(self, modality: str, view: str) -> tuple[int, ...]:
+        """Of a modality's tag and its view's, their numbers among all tags, from 1; what has none is left out."""
+        ids = (*([self.tags[modality]] if modality in self.tags else []), *self.view_tags(modality, view))
+        every = list(self.tags.values())
+        return tuple(every.index(one) + 1 for one in ids)
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        """The words of views that have a tag."""
+        return tuple(name.removeprefix(VIEW) for name in self.tags if name.startswith(VIEW))
+
+    def frame(self, role: str, modality: str, view: str = "") -> Frame:
+        """The ids that stand before and after a segment: ``<modality> <view> ... <begin image>`` before an image.
 
         Raises:
             UserError: the vocabulary does not know the modality.
@@ -96,7 +164,8 @@ class Vocabulary:
             return self.frames[role]
         if role != "image":
             return (self.tags[role],), ()
-        return (self.modality_tag(modality), self.tags["begin_image"]), (self.tags["end_image"],)
+        tags = (self.modality_tag(modality), *self.view_tags(modality, view))
+        return (*tags, self.tags["begin_image"]), (self.tags["end_image"],)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data, the inverse of `from_dict`."""

@@ -116,7 +116,7 @@ def vocabulary() -> Any:
     """12 text ids, 8 codes, tags."""
     from medim.vocabulary import Vocabulary
 
-    return Vocabulary.build(text_size=12, eos=0, codebook_size=8)
+    return Vocabulary.build(text_size=12, eos=0, codebook_size=8, views=())
 
 
 def randomise(model: Any) -> Any:
@@ -170,7 +170,7 @@ def tiny_joint() -> Any:
     with torch.no_grad():
         image.quantize.embedding.weight.normal_(std=0.3)
     text = TextTokenizer.from_pretrained(ROOT / "tokenizers" / "demo-bpe")
-    return JointTokenizer.build(text, image, SlotOptions(multiple=16, longest=48))
+    return JointTokenizer.build(text, image, SlotOptions(multiple=16, longest=48), views=())
 
 
 @pytest.fixture(scope="session")

@@ -59,6 +59,9 @@ def prepare(argv: Sequence[str]) -> int:
     parser.add_argument("--workers", type=int, default=None, help="threads that read ahead (8 with CUDA, else 0)")
     parser.add_argument("--max-broken", type=float, default=1.0, metavar="PERCENT", help="of unreadable studies (1)")
     parser.add_argument("--limit", type=int, default=None, help="only the first so many studies, to try it")
+    names = ["--augmented"] if "views" in get_type_hints(source.options) else ["--views", "--augmented"]
+    about = "codes stored of each image: as it is, and N - 1 times turned, moved and scaled a little (1)"
+    parser.add_argument(*names, dest="augmented", type=int, default=1, metavar="N", help=about)
     parser.add_argument("--device", default=None, help="cuda, cuda:1, cpu (default: cuda where there is one)")
     for title, schema, prefix in ((f"options of {name}", source.options, ""), ("reports", ReportOptions, "reports.")):
         group = parser.add_argument_group(title)
@@ -66,7 +69,7 @@ def prepare(argv: Sequence[str]) -> int:
             action = "append" if many else "store"
             group.add_argument(f"--{prefix}{field}", dest=f"={prefix}{field}", action=action, help=about, metavar="X")
     args = parser.parse_args(rest or ["--help"])
-    for option in ("shard_size", "batch_size", "limit"):
+    for option in ("shard_size", "batch_size", "limit", "augmented"):
         if getattr(args, option) is not None and getattr(args, option) < 1:
             raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)}: give at least 1")
     root = _root(name, args.root, source.packaged)
@@ -101,6 +104,7 @@ def _run(name: str, root: Path | None, args: argparse.Namespace, chosen: list[st
         part,
         args.workers if args.workers is not None else 8 if device.startswith("cuda") else 0,
         args.max_broken,
+        args.augmented,
     )
     said = {"source": dataclasses.asdict(options), "reports": dataclasses.asdict(reports), "limit": args.limit}
     total = getattr(options, "studies", None) if name == "demo" else None

@@ -11,6 +11,7 @@ from typing import Any
 
 from medim.cli.common import listed_path, make_parser, pick_device, quiet, read_lines
 from medim.errors import UserError
+from medim.vocabulary import MODALITIES
 
 HELP = """Make image-report pairs, reports for images, images for reports, or the missing parts of either.
 All that is made is synthetic.
@@ -18,11 +19,14 @@ All that is made is synthetic.
   python sample.py demo --task pair -n 4 --out out/pairs                         # both at once
   python sample.py demo --task report --image chest.png --out out/report         # image -> report
   python sample.py demo --task image --report "Large left pneumothorax." -n 4 --out out/image
+  python sample.py MODEL --task translate --image T1.png --to gm --out out/gm    # sequence to sequence, CT to MRI, ...
   python sample.py demo --task infill --image chest.png --report "The heart is [...]. No [...1-3]." --out out/infill
   python sample.py demo --task inpaint --image chest.png --mask marked.png --report "Clear lungs." --out out/inpaint
   python sample.py demo --task edit --image chest.png --keep-image left --report "Clear lungs." --keep-report 2 --out o
   python sample.py demo --task report --input studies.jsonl --out out/many       # a line a study: {"image": ...}
 
+translate  makes the image --to from the images given, each as NAME=FILE (t1=a.png, "ct soft"=b.png), or a file whose
+         own name says what it is; --image may stand several times. --report may be given too.
 infill   fills the gaps [...] of --report; every other word is kept as it is. --image may be left out. Of the lengths
          that a gap may have, the one is taken under which the given words are the most probable: 8 forward passes for
          each 16 combinations of lengths tried, first 16 of all gaps together, then 16 of each gap.
@@ -32,8 +36,8 @@ edit     keeps half an image (--image, --keep-image), the first words of a repor
          the rest of both.
 
 MODEL is a folder that train.py wrote, or `demo`: the small model that comes with this package.
-Lines of --input have the keys id, domain, image, report, mask, box, keep_image, keep_report, as far as the task takes
-them.
+Lines of --input have the keys id, domain, view, image, report, mask, box, keep_image, keep_report, as far as the task
+takes them; for translate, images ({"t1": FILE, ...} or a list of files) and to.
 Writes OUT/manifest.jsonl (a line a sample), OUT/images/*.png, OUT/codes/*.npz (codes; given: those of the given image,
 -1 where none; regenerated: which were made) and OUT/contact_sheet.png."""
 
@@ -89,13 +93,20 @@ def _parser() -> argparse.ArgumentParser:
     parser = make_parser("sample.py", HELP)
     parser.add_argument("model", help="a model folder, or demo")
     parser.add_argument("--base", metavar="DIR", help="of adapters: the model they were trained over, if it was moved")
-    parser.add_argument("--task", default="pair", help="pair, report, image, infill, inpaint or edit (default pair)")
+    parser.add_argument("--task", default="pair", help="pair, report, image, translate, infill, inpaint or edit (pair)")
     parser.add_argument("--out", required=True, help="a new or empty folder")
     parser.add_argument("-n", "--n", type=int, default=8, help="samples to make, for each line of --input if given (8)")
     parser.add_argument("--domain", help="xray, pathology, or xray,pathology to alternate (default: the model's first)")
+    parser.add_argument(
+        "--view", default="", help="of the images, such as lateral, or 't2 axial' (drawn as in training)"
+    )
+    for name in sorted({name for one in MODALITIES.values() for name in one.views}):
+        words = dict.fromkeys(w for one in MODALITIES.values() for w in one.views.get(name, ()))
+        parser.add_argument(f"--{name}", choices=tuple(words), help=f"a word of --view: {', '.join(words)}")
     parser.add_argument("--seed", type=int, default=0, help="sample i depends on the seed and i only (0)")
     given = parser.add_argument_group("what is given")
-    given.add_argument("--image", help="an image file")
+    given.add_argument("--image", action="append", help="an image file; translate: NAME=FILE, several times")
+    given.add_argument("--to", metavar="NAME", help="translate: what is made, such as gm, lateral or 'ct soft'")
     given.add_argument("--report", help="a report; task infill: with gaps [...], or [...3-8] of 3 to 8 tokens")
     given.add_argument("--gap", metavar="MIN-MAX", help="infill: tokens of a gap without bounds of its own (1-12)")
     given.add_argument("--mask", help="inpaint: an image as large as --image; what is not black is made anew")
@@ -132,13 +143,17 @@ def _requests(args: argparse.Namespace, known: Sequence[str]) -> list[Any]:
     shared = {"gap": read_bounds(args.gap) if args.gap else GAP, "paste_back": args.paste_back}
     names = ("image", "report", "mask", "box", "keep_image", "keep_report")
     flags = {name: value for name in names if (value := getattr(args, name)) is not None}
+    groups = {name for one in MODALITIES.values() for name in one.views}
+    view = " ".join(filter(None, (args.view, *(getattr(args, name) for name in sorted(groups)))))
     if args.gap and args.task != "infill":
         raise UserError(f"task {args.task} has no gaps: leave --gap out")
+    if args.to and args.task != "translate":
+        raise UserError(f"task {args.task} has no --to: say what is made by --domain and --view")
     if not args.input:
-        fields = _fields(flags, None) | shared
         return [
-            Request(f"{domain}-{args.task}-{i:05d}", domain, (args.seed, i), **fields)
+            Request(f"{domain}-{args.task}-{i:05d}", target, (args.seed, i), **fields | shared)
             for i, domain in zip(range(args.n), itertools.cycle(domains), strict=False)
+            for target, fields in [_told(_flags(args, flags), None, domain, view, args.task)]
         ]
     if flags:
         said = ", ".join(f"--{name.replace('_', '-')}" for name in flags)
@@ -147,8 +162,11 @@ def _requests(args: argparse.Namespace, known: Sequence[str]) -> list[Any]:
     for number, line in enumerate(read_lines(Path(args.input))):
         name, domain = str(line.get("id", f"{number:05d}")), str(line.get("domain", domains[0]))
         where = f"{args.input}, study {name}: "
+        wanted = (*takes(args.task), *(("images", "to") if args.task == "translate" else ()))
         try:
-            fields = _fields({key: line[key] for key in takes(args.task) if line.get(key) is not None}, args.input)
+            line = ({"to": args.to} if args.to else {}) | line
+            given = {key: line[key] for key in wanted if line.get(key) is not None}
+            domain, fields = _told(given, args.input, domain, str(line.get("view", view)), args.task)
         except UserError as error:
             raise UserError(f"{where}{error}") from error
         requests += [
@@ -166,6 +184,41 @@ def _requests(args: argparse.Namespace, known: Sequence[str]) -> list[Any]:
         if "/" in one or one in (".", "..") or ids.count(one) > 1:
             raise UserError(f"{args.input}: id {one!r} names a file: each must be there once and hold no slash")
     return requests
+
+
+def _flags(args: argparse.Namespace, flags: dict[str, Any]) -> dict[str, Any]:
+    """The flags of what is given as a line of --input would have it."""
+    line = dict(flags)
+    images = line.pop("image", [])
+    if args.task == "translate":
+        return line | {"images": images, "to": args.to}
+    if len(images) > 1:
+        raise UserError(f"task {args.task} takes one --image")
+    return line | ({"image": images[0]} if images else {})
+
+
+def _told(line: dict[str, Any], listing: str | None, domain: str, view: str, task: str) -> tuple[str, dict[str, Any]]:
+    """Domain and fields of a `Request` from what a user wrote."""
+    from dataclasses import replace
+
+    from medim.given import completed, read_name, read_source
+
+    if task != "translate":
+        return domain, _fields(line, listing) | {"view": view}
+    line = dict(line)
+    images, to = line.pop("images", None), line.pop("to", None)
+    if not to:
+        raise UserError("task translate: say with --to what is made, such as --to t2")
+    if isinstance(images, dict):
+        images = [f"{name}={file}" for name, file in images.items()]
+    if isinstance(images, str):
+        images = [images]
+    folder = Path(listing).parent if listing else None
+    sources = [read_source(str(one), domain, folder) for one in images or ()]
+    sources = [replace(one, view=completed(one.view, one.modality, (), view)) for one in sources]
+    target, told = read_name(str(to), domain)
+    fields = _fields(line, listing) | {"sources": tuple(sources), "view": completed(told, target, sources, view)}
+    return target, fields
 
 
 def _fields(values: dict[str, Any], listing: str | None) -> dict[str, Any]:

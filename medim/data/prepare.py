@@ -34,6 +34,7 @@ import pyarrow.compute
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 from tqdm import tqdm
 
+from medim.data.augment import Augmentation
 from medim.data.duplicates import fingerprint
 from medim.data.reports import ReportOptions, prepare_report
 from medim.data.studies import Image, Skipped, Study
@@ -60,17 +61,19 @@ FEATURES = Features(
         ),
     }
 )
+AUGMENTED = "augmented"  # of an image, where there are several: codes of the picture taken otherwise, a list each
 
 Found = Study | Skipped | Callable[[], Study]  # the last is called when the study is needed
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """How studies become integers, and how much at a time; only the first four change what is written.
+    """How studies become integers, and how much at a time; the first four and `views` change what is written.
 
     Attributes:
         part: (i, n): this process writes the shards i, i + n, i + 2n, ...
         workers: threads that read and prepare pictures ahead of the encoder; 0: the encoder waits for each batch.
+        views: codes of an image that are stored: of the picture as it is, and taken otherwise (`medim.data.augment`).
         max_broken: percent of the studies whose pictures cannot be read, above which the run stops.
     """
 
@@ -82,6 +85,15 @@ class Encoding:
     part: tuple[int, int] = (0, 1)
     workers: int = 0
     max_broken: float = 1.0
+    views: int = 1
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Of a shard."""
+        if self.views == 1:
+            return FEATURES.arrow_schema
+        image = {**FEATURES["images"].feature, AUGMENTED: List(List(Value("uint16")))}
+        return Features({**FEATURES, "images": List(image)}).arrow_schema
 
 
 def codebook_hash(tokenizer: VQTokenizer) -> str:
@@ -176,6 +188,7 @@ def _claim(out: Path, how: Encoding, source: str, options: dict[str, Any]) -> No
         "image_tokenizer": codebook_hash(how.tokenizer),
         "text_tokenizer": text_hash(how.text),
         "shard_size": how.shard_size,
+        **({"views": how.views} if how.views > 1 else {}),
     }
     card = out / "prepare.json"
     if card.is_file():
@@ -260,9 +273,9 @@ def _write_shard(
         codes = iter(how.tokenizer.encode(pictures).cpu().numpy().astype(np.uint16) if pictures else ())
         for one in rows_now:
             row = _row(one, [next(codes).ravel() for _ in one.prepared], how)
-            _preview(previews, rows, row, one.prepared)
+            _preview(previews, rows, row, one.prepared[:: how.views])
         bar.encoded(len(loaded), len(pictures))
-    table = pa.Table.from_pylist(rows, schema=FEATURES.arrow_schema)
+    table = pa.Table.from_pylist(rows, schema=how.schema)
     sink = io.BytesIO()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table, max_chunksize=ROWS)
@@ -278,7 +291,8 @@ class _Broken(Skipped):
 
 @dataclass(frozen=True)
 class _Loaded:
-    """A study whose pictures are read: those that could be, with what is known of them."""
+    """A study whose pictures are read: those that could be, with what is known of them; `prepared` has all views of the
+    first, then those of the second, and so on."""
 
     study: Study
     report: str
@@ -308,6 +322,7 @@ def _load(found: Found, how: Encoding) -> _Loaded | Skipped:
         return study
     config = how.tokenizer.config
     images, prepared = [], []
+    changes = [Augmentation.draw(_stream(study.id, view)) for view in range(1, how.views)]  # shared by its images
     broken: list[Skipped] = []
     for image in study.images:
         file = _file(image)
@@ -316,7 +331,8 @@ def _load(found: Found, how: Encoding) -> _Loaded | Skipped:
                 raise UserError(f"unknown modality {image.modality!r}; one of {', '.join(MODALITIES)}")
             gray = MODALITIES[image.modality].gray
             picture = read_picture(image.pixels, "black" if gray else "white")
-            prepared.append(prepare_image(picture.image, config.resolution, gray, config.fit))
+            taken = [picture.image, *(change(picture.image, image.modality, image.view) for change in changes)]
+            prepared += [prepare_image(one, config.resolution, gray, config.fit) for one in taken]
             images.append((image, picture, _hash(image)))
         except (UserError, OSError) as error:
             name = file.name if file else ""
@@ -330,6 +346,12 @@ def _load(found: Found, how: Encoding) -> _Loaded | Skipped:
     if not report and len(images) < 2 and how.reports.empty == "skip":
         return Skipped(study.id, "", "no report, and fewer than two images (--reports.empty keep takes it)")
     return _Loaded(study, report, images, prepared, broken)
+
+
+def _stream(name: str, view: int) -> np.random.Generator:
+    """The random stream of a study's view, wherever the study stands."""
+    digest = hashlib.sha256(f"view {view} {name}".encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest[:8], "big"))
 
 
 def _file(image: Image) -> Path | None:
@@ -369,12 +391,13 @@ def _row(one: _Loaded, codes: Sequence[np.ndarray], how: Encoding) -> dict[str, 
                 "view": image.view,
                 "window": picture.window,
                 "sha256": sha256,
-                "fingerprint": fingerprint(prepared),
+                "fingerprint": fingerprint(one.prepared[how.views * number]),
                 "spacing": list(image.spacing or picture.spacing or ()),
-                "codes": code,
+                "codes": codes[how.views * number],
                 "preview": b"",
             }
-            for (image, picture, sha256), prepared, code in zip(one.images, one.prepared, codes, strict=True)
+            | ({AUGMENTED: list(codes[how.views * number + 1 : how.views * (number + 1)])} if how.views > 1 else {})
+            for number, (image, picture, sha256) in enumerate(one.images)
         ],
     }
 
@@ -435,6 +458,7 @@ def _finish(out: Path, how: Encoding, source: str, options: dict[str, Any], shar
         **_counts(_open(out, shards)),
         "shards": shards,
         "shard_size": how.shard_size,
+        **({"views": how.views} if how.views > 1 else {}),
         "image_tokenizer": codebook_hash(how.tokenizer),
         "text_tokenizer": text_hash(how.text),
         "resolution": how.tokenizer.config.resolution,

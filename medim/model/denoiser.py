@@ -83,8 +83,9 @@ class BoundDenoiser:
     ) -> None:
         if refresh < 1:
             raise ValueError(f"refresh={refresh}: at least 1, which keeps nothing")
-        self.model, self.canvas, self.generate, self.place = model, canvas, generate, canvas.place
+        self.model, self.canvas, self.generate, self.marks = model, canvas, generate, model.marks(canvas)
         self.prefix = model.config.condition_attention == "prefix"
+        self._masks = "position_ids" in self.marks  # positions that fall back look like packed studies without a mask
         outside = canvas.outside(generate)
         self.given = outside if self.prefix else None
         self.refresh = refresh
@@ -201,13 +202,14 @@ class BoundDenoiser:
     def _remember(self, ids: Int[Tensor, "B L"], t: Float[Tensor, "B L"]) -> Memory:
         """Keys and values of the given positions, which see each other only."""
         memory, kept = Memory(), self._kept
-        self._pass(ids, t, kept, None if kept.full else kept.valid, memory)
+        self._pass(ids, t, kept, kept.valid if self._masks or not kept.full else None, memory)
         return memory.keep()
 
     def _rest(self, ids: Int[Tensor, "B L"], t: Float[Tensor, "B L"]) -> Float[Tensor, "B Q D"]:
         """The generated segments, which attend to what is remembered and to themselves."""
         kept, run = self._kept, self._run
-        mask = None if kept.full and run.full else torch.cat([kept.valid, run.valid], 1)
+        whole = kept.full and run.full and not self._masks
+        mask = None if whole else torch.cat([kept.valid, run.valid], 1)
         return self._pass(ids, t, run, mask, self._memory[len(ids) // len(self.generate)])
 
     def _pass(self, ids: Tensor, t: Tensor, part: _Part, valid: Tensor | None, memory: Memory) -> Tensor:
@@ -217,12 +219,8 @@ class BoundDenoiser:
         if valid is not None:
             mask = key_mask(valid.repeat(copies, 1), self.model.attention_backend, self.model.dtype, part.size)
         self.tokens += len(ids) * part.size
-        return self.model(
-            part.of(ids),
-            levels,
-            part.of(level),
-            mask,
-            part.positions.repeat(copies, 1),
-            part.of(self.place.repeat(copies, 1)),
-            memory,
-        )
+        marks = {"position_ids": part.positions.repeat(copies, 1)}
+        for name, values in self.marks.items():
+            repeated = values.repeat(copies, *[1] * (values.dim() - 1))
+            marks[name] = repeated if name == "tags" else part.of(repeated)
+        return self.model(part.of(ids), levels, part.of(level), mask, past_key_values=memory, **marks)

@@ -37,6 +37,7 @@ from medim.vocabulary import KINDS, Kind, Vocabulary
 
 FORMAT = 1  # of model folders
 Logits = Literal["plain", "shifted"]
+Positions = Literal["row", "aligned"]
 SHIFTS: dict[Logits, dict[Kind, int]] = {"plain": {}, "shifted": {"text": -1}}
 
 
@@ -48,12 +49,16 @@ class ModelOptions:
         places: codes of an image that get a learnt place of their own, added to their embedding; 0 is none.
         logits: where the prediction of a text position is read: at the position itself (plain), or one before it, as an
             autoregressive backbone was trained to (shifted). Image codes are read plainly.
+        positions: what rotates keys and queries: the number of a position in its row, or one that the codes of all of a
+            study's images at one place share (aligned). Aligned codes are told the tags of their image by a learnt
+            vector, since nothing else tells them apart.
     """
 
     backbone: BackboneOptions = BackboneOptions()
     adaln_dim: int = 128
     places: int = 0
     logits: Logits = "plain"
+    positions: Positions = "row"
 
 
 ConditionAttention = Literal["full", "prefix"]
@@ -62,7 +67,8 @@ ConditionAttention = Literal["full", "prefix"]
 class MeDiMConfig(PreTrainedConfig):
     """What `config.json` holds: the backbone's own config, the joint vocabulary, the width of the time embedding, and
     what a sampler must know of the training: its noise schedule, how often it dropped the condition (0: guidance has no
-    branch to compare with), and whether given segments attend to generated ones (`condition_attention`).
+    branch to compare with), how often an image or the report was left off the canvas (`absent`), and whether given
+    segments attend to generated ones (`condition_attention`).
 
     A foreign checkpoint's own ways (`medim.official`) are `time` (`TimeOptions`), `read`, how many positions from its
     own the prediction of a kind is read, and `unseen`, an id whose positions nobody attends to.
@@ -78,7 +84,9 @@ class MeDiMConfig(PreTrainedConfig):
         schedule: ScheduleName = "linear",
         schedule_power: float = 2.0,
         places: int = 0,
+        positions: Positions = "row",
         condition_dropout: float = 0.0,
+        absent: float = 0.0,
         condition_attention: ConditionAttention = "full",
         read: dict[str, int] | None = None,
         time: dict[str, Any] | None = None,
@@ -94,7 +102,9 @@ class MeDiMConfig(PreTrainedConfig):
         self.schedule = schedule
         self.schedule_power = schedule_power
         self.places = places
+        self.positions = positions
         self.condition_dropout = condition_dropout
+        self.absent = absent
         self.condition_attention = condition_attention
         self.read = read or {}
         self.time = time or asdict(TimeOptions())
@@ -107,7 +117,8 @@ def config_of(o: ModelOptions, vocabulary: Vocabulary) -> MeDiMConfig:
     """The config of a model made from scratch."""
     backbone = config_from_options(o.backbone, vocabulary.size)
     read: Any = SHIFTS[o.logits]
-    config = MeDiMConfig(backbone.to_dict(), vocabulary.to_dict(), o.adaln_dim, places=o.places, read=read)
+    settings: dict[str, Any] = {"places": o.places, "positions": o.positions, "read": read}
+    config = MeDiMConfig(backbone.to_dict(), vocabulary.to_dict(), o.adaln_dim, **settings)
     config._attn_implementation = o.backbone.attn_implementation
     return config
 
@@ -127,6 +138,10 @@ class Scored(NamedTuple):
 
 class PlaceEmbedding(nn.Embedding):
     """Where in its image a code is; index 0 is nowhere. Zero at the start, where a pretrained model is unchanged."""
+
+
+class TagEmbedding(nn.Embedding):
+    """Which image a code belongs to, by its tags; index 0 is none. Zero at the start."""
 
 
 class MeDiMModel(PreTrainedModel):
@@ -155,6 +170,8 @@ class MeDiMModel(PreTrainedModel):
         self.backbone.set_output_embeddings(head)
         self.window = window_of(inner)
         self.place = PlaceEmbedding(config.places + 1, inner.hidden_size) if config.places else None
+        numbers = len(self.vocabulary.tags) + 1
+        self.belongs = TagEmbedding(numbers, inner.hidden_size) if config.positions == "aligned" else None
         self.time = TimeEmbedding(config.adaln_dim, TimeOptions(**config.time))
         self.adaln = nn.ModuleList(
             AdaLN(config.adaln_dim, inner.hidden_size) for _ in range(len(decoder_layers(self.backbone)))
@@ -167,7 +184,7 @@ class MeDiMModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, AdaLN):
             module.reset()
-        elif isinstance(module, PlaceEmbedding):
+        elif isinstance(module, PlaceEmbedding | TagEmbedding):
             nn.init.zeros_(module.weight)
         elif isinstance(module, TimeEmbedding):
             for linear in module.linears:
@@ -232,6 +249,8 @@ class MeDiMModel(PreTrainedModel):
         attention_mask: Any = None,
         position_ids: Int[Tensor, "_ Q"] | None = None,
         place: Int[Tensor, "B Q"] | None = None,
+        segment: Int[Tensor, "B Q"] | None = None,
+        tags: Int[Tensor, "B S A"] | None = None,
         past_key_values: Cache | None = None,
         score: Scored | None = None,
         **kernel: Any,
@@ -245,6 +264,8 @@ class MeDiMModel(PreTrainedModel):
                 `medim.model.attention` makes; None: all attend to all.
             position_ids: None: 0, 1, 2, ...; packed studies restart.
             place: number of a code within its image, from 1 (`Canvas.place`); left out, codes have no place.
+            segment, tags: which segment a position is of, -1 none, and the numbers of its tags (`Canvas.tags`); only
+                models with aligned positions look at them.
             past_key_values: keys and values of positions that are not among the Q.
             score: rows whose targets' cross-entropy in nats is wanted; the head then runs inside this pass, where
                 ZeRO-3 and FSDP have its weight.
@@ -261,6 +282,10 @@ class MeDiMModel(PreTrainedModel):
         length = ids.shape[1]
         if self.place is not None and place is not None:
             embedded = embedded + self.place(place.clamp(max=self.config.places))
+        if self.belongs is not None and segment is not None and tags is not None:
+            own = torch.nn.functional.pad(self._told(tags), (0, 0, 0, 1))  # segment -1 finds the last: nothing
+            number = torch.where(segment < 0, tags.shape[1], segment)
+            embedded = embedded + own.gather(1, number.unsqueeze(-1).expand_as(embedded))
         if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
             attention_mask = key_mask(attention_mask, self.attention_backend, embedded.dtype, length)
         if self.config.unseen is not None:
@@ -317,9 +342,24 @@ class MeDiMModel(PreTrainedModel):
         """What computes attention: sdpa, eager, flash_attention_2 or flex_attention."""
         return str(self.backbone.config._attn_implementation)
 
+    def _told(self, tags: Int[Tensor, "B S A"]) -> Float[Tensor, "B S D"]:
+        """Of each segment, the sum of its tags' vectors."""
+        assert self.belongs is not None
+        return (self.belongs(tags) * (tags > 0).unsqueeze(-1)).sum(2)
+
     def attention(self, canvas: Canvas, given: Bool[Tensor, "B L"] | None = None) -> dict[str, Any]:
         """The arguments of `forward` that a canvas asks for; `given` as in `attention_of`."""
-        return attention_of(canvas, given, self.attention_backend, self.dtype) | {"place": canvas.place}
+        asked = attention_of(canvas, given, self.attention_backend, self.dtype)
+        if self.config.positions == "aligned" and asked["attention_mask"] is None:
+            # without a mask, positions that fall back look like packed studies to transformers
+            asked["attention_mask"] = key_mask(canvas.valid, self.attention_backend, self.dtype, canvas.ids.shape[1])
+        return asked | self.marks(canvas)
+
+    def marks(self, canvas: Canvas) -> dict[str, Any]:
+        """What `forward` is told of each position of a canvas, beside its id and its level."""
+        if self.config.positions == "row":
+            return {"place": canvas.place}
+        return {"place": canvas.place, "position_ids": canvas.aligned, "segment": canvas.segment, "tags": canvas.tags}
 
     def recompute_blocks(self, every: int = 1) -> None:
         """Gradient checkpointing: of every `every`-th decoder layer only the input is kept for the backward pass."""

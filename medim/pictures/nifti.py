@@ -1,8 +1,9 @@
 """Slices of NIfTI volumes as 8-bit pictures, shown as radiology shows them.
 
 Volumes are turned to RAS (indices grow to the patient's right, front and head), to the nearest axis: an oblique volume
-is not resampled. An axial slice is seen from the feet and a coronal one from the front, so that the patient's right
-is on the left of the picture; a sagittal one has the face on the left; the front or the head is at the top.
+is not resampled, unless it is to lie on the grid of another. An axial slice is seen from the feet and a coronal one
+from the front, so that the patient's right is on the left of the picture; a sagittal one has the face on the left; the
+front or the head is at the top.
 """
 
 from __future__ import annotations
@@ -36,11 +37,14 @@ class Grid:
     Attributes:
         spacing: millimetres along each axis, or None if the header gives none.
         affine: from voxels to millimetres, [4, 4].
+        space: what the header says of the millimetres (NIfTI's sform code): 0 nothing, 1 a scanner's, 2 another
+            volume's, 3 Talairach's, 4 MNI's. nibabel writes 2 unless it is told.
     """
 
     shape: tuple[int, int, int]
     spacing: tuple[float, float, float] | None
     affine: Float[np.ndarray, "4 4"]
+    space: int = 0
 
     def same(self, other: Grid) -> bool:
         """Whether voxels of one index lie at one place, to a tenth of a millimetre."""
@@ -54,6 +58,18 @@ class Volume:
     file: Path
     values: Num[np.ndarray, "X Y Z"]
     grid: Grid
+
+    def on(self, grid: Grid, labels: bool = False) -> Volume:
+        """The same volume on the voxels of another grid, by nibabel: linear interpolation, or of `labels` the nearest.
+
+        Millimetres are taken as they are: nothing is registered. Outside the volume it is 0.
+        """
+        import nibabel
+        from nibabel.processing import resample_from_to
+
+        here = nibabel.Nifti1Image(self.values.astype(np.int32 if labels else np.float32), self.grid.affine)
+        there = resample_from_to(here, (grid.shape, grid.affine), order=0 if labels else 1)
+        return Volume(self.file, np.asanyarray(there.dataobj), grid)
 
     @cached_property
     def least(self) -> float:
@@ -94,12 +110,14 @@ class Slice:
         index: along the axis across the plane, from the patient's left, back or feet.
         window: ``"centre width"`` or a name of `medim.pictures.windows.HU` (for CT). None is percentiles 0.5 to 99.5
             of the volume's voxels other than zero, so that all slices of a volume share one window.
+        like: a volume on whose grid it is resampled first.
     """
 
     file: Path
     plane: Plane
     index: int
     window: str | None = None
+    like: Path | None = None
 
     def load(self) -> Picture:
         """Cut it out of its volume, which is decoded once for all of its slices; voxels that are not finite are black,
@@ -108,7 +126,7 @@ class Slice:
         Raises:
             UserError: no volume, damaged, no such slice, no finite voxel, or one value everywhere.
         """
-        volume = read_volume(self.file)
+        volume = read_volume(self.file, self.like)
         axis = AXIS[self.plane]
         if not 0 <= self.index < volume.values.shape[axis]:
             raise UserError(f"{self.file} has {volume.values.shape[axis]} {self.plane} slices: no slice {self.index}")
@@ -117,6 +135,7 @@ class Slice:
         else:
             low, high = parse_window(self.window)
             window = f"hu {low:g} {high:g}"
+        window += ", resampled" if self.like else ""
         plane = np.moveaxis(volume.values, axis, 0)[self.index, ::-1, ::-1].T
         spacing = spacing_in(self.plane, volume.grid)
         return squared(Picture(PIL.Image.fromarray(to_8_bits(plane, low, high)), window, spacing), self.file)
@@ -139,14 +158,15 @@ def read_grid(file: Path) -> Grid:
     return _open(file)[1]
 
 
-def read_volume(file: Path) -> Volume:
-    """A volume, from the cache of the last few if the file is the same.
+def read_volume(file: Path, like: Path | None = None) -> Volume:
+    """A volume, on the grid of `like` if that is given, from the cache of the last few if the files are the same.
 
     Raises:
         UserError: missing, damaged, not one volume of numbers.
     """
     try:
-        return _decode(file, file.stat().st_mtime_ns)
+        changed = file.stat().st_mtime_ns
+        return _decode(file, changed) if like is None else _resampled(file, like, (changed, like.stat().st_mtime_ns))
     except FileNotFoundError:
         raise UserError(f"volume {file} does not exist") from None
 
@@ -163,6 +183,11 @@ def _decode(file: Path, changed: int) -> Volume:
     if values.dtype.itemsize > 4:
         values = values.astype(np.float32)
     return Volume(file, apply_orientation(values.reshape(image.shape[:3]), orientation), grid)
+
+
+@functools.lru_cache(maxsize=KEPT)
+def _resampled(file: Path, like: Path, changed: tuple[int, int]) -> Volume:
+    return _decode(file, changed[0]).on(read_grid(like))
 
 
 def _open(file: Path) -> tuple[Any, Grid, np.ndarray]:
@@ -190,4 +215,5 @@ def _open(file: Path) -> tuple[Any, Grid, np.ndarray]:
     x, y, z = (int(image.shape[list(orientation[:, 0]).index(k)]) for k in range(3))
     mm = nibabel.affines.voxel_sizes(affine).tolist()
     known = all(0 < one < np.inf for one in mm)
-    return image, Grid((x, y, z), (mm[0], mm[1], mm[2]) if known else None, affine), orientation
+    space = int(image.header["sform_code"]) if "sform_code" in image.header else 0
+    return image, Grid((x, y, z), (mm[0], mm[1], mm[2]) if known else None, affine, space), orientation

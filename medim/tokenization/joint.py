@@ -41,10 +41,21 @@ class JointTokenizer:
 
     @classmethod
     def build(
-        cls, text: TextTokenizer, image: VQTokenizer, slot: SlotOptions, rows: int = 0, first_code: int | None = None
+        cls,
+        text: TextTokenizer,
+        image: VQTokenizer,
+        slot: SlotOptions,
+        rows: int = 0,
+        first_code: int | None = None,
+        views: Sequence[str] | None = None,
     ) -> JointTokenizer:
-        """Join two tokenizers in a new vocabulary, after the `rows` rows of a backbone, which may have codes' rows."""
-        return cls(text, image, Vocabulary.build(text.size, text.eos, image.codebook_size, rows, first_code), slot)
+        """Join two tokenizers in a new vocabulary, after the `rows` rows of a backbone, which may have codes' rows.
+
+        Args:
+            views: words of views that get a tag; None: all.
+        """
+        vocabulary = Vocabulary.build(text.size, text.eos, image.codebook_size, rows, first_code, views)
+        return cls(text, image, vocabulary, slot)
 
     def report_ids(self, report: str, length: int | None = None, ids: list[int] | None = None) -> list[int]:
         """Ids of a report in its slot, `length` positions or as few as its multiple allows; cut if it is too long.
@@ -67,7 +78,7 @@ class JointTokenizer:
 
     def encode(self, study: Study) -> Row:
         """The row of a study: images, then the report unless it is empty."""
-        segments = [Segment("image", i.modality, self.code_ids(self.image_codes(i))) for i in study.images]
+        segments = [Segment("image", i.modality, self.code_ids(self.image_codes(i)), i.view) for i in study.images]
         if study.report:
             segments.append(Segment("report", "text", self.report_ids(study.report)))
         return layout(segments, self.vocabulary)
@@ -80,7 +91,7 @@ class JointTokenizer:
             where = np.flatnonzero(row.segment == number)
             if ROLES[role] == "image":
                 modality = row.modalities[number]
-                images.append(Image(modality, self.picture(values[where], modality)))
+                images.append(Image(modality, self.picture(values[where], modality), row.views[number]))
             else:
                 report = self.text.decode(values[where].tolist())
         return Study(id=name, patient_id=name, images=tuple(images), report=report)

@@ -15,11 +15,11 @@ from pydantic import Field
 from medim.config import options
 from medim.diffusion import Schedule
 from medim.model.flops import Work
-from medim.objective import GIVEN, ObjectiveOptions
+from medim.objective import GIVEN, ObjectiveOptions, Task
 from medim.vocabulary import KINDS
 
 Masking = Literal["none", "keys", "pairs"]
-TAGS = 3  # of an image: modality, begin, end
+TAGS = 3  # of an image: modality, begin, end; each word of its view that is told adds one
 
 
 @options
@@ -96,8 +96,14 @@ class Sizes:
         t = torch.linspace(o.min_t, 1.0, 10_001, dtype=torch.float64)
         rate = 1 - Schedule(o.schedule, o.schedule_power).alpha(t)
         role = "image" if kind == "image" else "report"
-        learnt = sum(odds for task, odds in o.tasks.items() if GIVEN[task] != role) / sum(o.tasks.values())
+        learnt = sum(odds * (1 - self._given(task, role)) for task, odds in o.tasks.items()) / sum(o.tasks.values())
         return learnt * float(torch.trapezoid(rate, t)) / (1 - o.min_t)
+
+    def _given(self, task: Task, role: str) -> float:
+        """The share of a study's images, or of its report, that a task is given."""
+        if task == "translate" and role == "image":
+            return 1 - 1 / self.images
+        return float(role in GIVEN[task])
 
     def scored(self, studies: int) -> tuple[int, ...]:
         """Supervised rows of so many studies, by kind, in the mean."""
@@ -110,11 +116,11 @@ class Sizes:
         if self.objective.condition_attention == "full":
             return float(size**2)
         tags, tasks = size - codes - self.report, self.objective.tasks
-        known = {None: tags, "image": tags + codes, "report": tags + self.report}
-        return sum(
-            odds * (size**2 - given * (size - given))
-            for given, odds in ((known[GIVEN[task]], odds) for task, odds in tasks.items())
-        ) / sum(tasks.values())
+        total = 0.0
+        for task, odds in tasks.items():
+            given = tags + codes * self._given(task, "image") + self.report * self._given(task, "report")
+            total += odds * (size**2 - given * (size - given))
+        return total / sum(tasks.values())
 
     def work(self, studies: int, backend: str) -> Work:
         """The work of so many studies in the mean; `backend` as in `Work.of`."""

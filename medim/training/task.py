@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 
 from medim.canvas import Canvas, Row, Segment, layout
 from medim.data.order import Order, share
+from medim.data.prepare import AUGMENTED
 from medim.model.flops import Work
 from medim.model.lora import check_sharing
 from medim.model.medim import MeDiMModel
@@ -22,54 +24,117 @@ from medim.objective import Batch, Loss, ObjectiveOptions, count, loss, make_bat
 from medim.tokenization.joint import JointTokenizer
 from medim.training.validation import Validation
 from medim.training.weights import Source
+from medim.vocabulary import MODALITIES, view_order
 
 Slots = dict[str, dict[int, int]]
-SLOT_SAMPLE = 5000  # studies that the histogram is taken from
+Views = dict[str, dict[str, int]]
+SAMPLE = 5000  # studies that the histograms are taken from
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What of a study is on its canvas.
+
+    Attributes:
+        images: images of a study on one canvas, at most; of more, others in each epoch.
+        absent: probability that an image, or the report, is left out: teaches to make one from any of the others.
+        untold: probability that a word of the views that all of the images share is left untold.
+        domain: the image modality of reports without an image (for the lengths of their slots); empty: none.
+    """
+
+    images: int = 1
+    absent: float = 0.0
+    untold: float = 0.0
+    domain: str = ""
 
 
 class Rows:
     """Stored studies as rows.
 
     Args:
-        images: images of a study on one canvas, at most.
         fits: the stored ids of reports are those of the joint tokenizer; else reports are encoded when they are needed.
-        domain: the image modality whose reports those without an image are; empty: of none.
+        shown: what of a study is on its canvas.
     """
 
     def __init__(
-        self, joint: JointTokenizer, data: Sequence[Dataset], images: int = 1, fits: bool = False, domain: str = ""
+        self, joint: JointTokenizer, data: Sequence[Dataset], shown: Shown | None = None, fits: bool = False
     ) -> None:
-        self.joint, self.data, self.images, self.fits, self.domain = joint, list(data), images, fits, domain
+        self.joint, self.data, self.shown, self.fits = joint, list(data), shown or Shown(), fits
 
-    def row(self, source: int, index: int, turn: int = 0) -> Row:
-        """One study as a row; of more images than fit, those from number `turn` on."""
-        record = self.data[source][index]
-        kept = record["images"]
-        if len(kept) > self.images:
+    def row(self, source: int, index: int, turn: int = 0, rng: np.random.Generator | None = None) -> Row:
+        """One study as a row; of more images than fit, those from number `turn` on, in the order of the views' table.
+
+        `rng` draws what is left out (`Shown`); without it, nothing is.
+        """
+        record, o = self.data[source][index], self.shown
+        kept = list(record["images"])
+        if len(kept) > o.images:
             first = turn % len(kept)
-            kept = [*kept[first:], *kept[:first]][: self.images]
+            kept = [*kept[first:], *kept[:first]][: o.images]
+        if len(kept) > 1:
+            kept.sort(key=lambda one: view_order(str(one["modality"]), str(one["view"])))
+        views, report = [str(one["view"]) for one in kept], bool(record["report"])
+        if rng is not None:
+            kept, report = self._present(kept, report, rng)
+            views = self._told([str(one["view"]) for one in kept], [str(one["modality"]) for one in kept], rng)
         segments = [
-            Segment("image", str(one["modality"]), self.joint.code_ids(np.asarray(one["codes"]))) for one in kept
+            Segment("image", str(one["modality"]), self.joint.code_ids(codes), view)
+            for one, codes, view in zip(kept, self._codes(kept, rng), views, strict=True)
         ]
-        if record["report"]:
+        if report:
             segments.append(Segment("report", "text", self.report_ids(record)))
         return layout(segments, self.joint.vocabulary)
+
+    @staticmethod
+    def _codes(images: Sequence[Mapping[str, Any]], rng: np.random.Generator | None) -> list[np.ndarray]:
+        """Codes of a study's images, all taken in one way, by chance: as they are, or as one of those stored beside."""
+        ways = 1 + min((len(one.get(AUGMENTED) or ()) for one in images), default=0)
+        way = 0 if rng is None or ways == 1 else int(rng.integers(ways))
+        return [np.asarray(one[AUGMENTED][way - 1] if way else one["codes"]) for one in images]
+
+    def _present(self, images: list[Any], report: bool, rng: np.random.Generator) -> tuple[list[Any], bool]:
+        """Any subset of the images and the report, at least one of them."""
+        drawn = rng.random(len(images) + 1) >= self.shown.absent
+        if not drawn[: len(images) + report].any():
+            drawn[rng.integers(len(images) + report)] = True
+        return [one for one, here in zip(images, drawn, strict=False) if here], report and bool(
+            drawn[-1] if images else True
+        )
+
+    def _told(self, views: list[str], modalities: list[str], rng: np.random.Generator) -> list[str]:
+        """Views without some of the words that all of the images share; words that tell them apart stay."""
+        if not any(views):
+            return views
+        known = [MODALITIES[m].words(v) for m, v in zip(modalities, views, strict=True)]
+        common = sorted(set(known[0]).intersection(*known))
+        untold = {
+            word for word, drawn in zip(common, rng.random(len(common)), strict=True) if drawn < self.shown.untold
+        }
+        return [" ".join(word for word in words if word not in untold) for words in known]
 
     def report_ids(self, record: Mapping[str, Any]) -> list[int]:
         """Ids of a stored report in its slot."""
         report = str(record["report"])
         return self.joint.report_ids(report, ids=[int(i) for i in record["report_ids"]] if self.fits else None)
 
-    def slots(self) -> Slots:
-        """How often each slot length occurs, by modality, in the first `SLOT_SAMPLE` studies of each source."""
-        counters: dict[str, Counter[int]] = {}
+    def seen(self) -> tuple[Slots, Views]:
+        """How often each slot length and each view occurs, by modality: of the first `SAMPLE` studies a source."""
+        slots: dict[str, Counter[int]] = {}
+        views: dict[str, Counter[str]] = {}
         for data in self.data:
-            for record in data.select(range(min(len(data), SLOT_SAMPLE))):
+            for record in data.select(range(min(len(data), SAMPLE))):
+                for one in record["images"]:
+                    modality = str(one["modality"])
+                    view = " ".join(MODALITIES[modality].words(str(one["view"]))) if self.joint.vocabulary.views else ""
+                    views.setdefault(modality, Counter())[view] += 1
                 if record["report"]:
                     length = len(self.report_ids(record))
-                    for modality in {str(one["modality"]) for one in record["images"]} or {self.domain} - {""}:
-                        counters.setdefault(modality, Counter())[length] += 1
-        return {modality: dict(sorted(counter.items())) for modality, counter in counters.items()}
+                    for modality in {str(one["modality"]) for one in record["images"]} or {self.shown.domain} - {""}:
+                        slots.setdefault(modality, Counter())[length] += 1
+        return (
+            {modality: dict(sorted(counter.items())) for modality, counter in slots.items()},
+            {modality: dict(sorted(counter.items())) for modality, counter in views.items()},
+        )
 
 
 class DiffusionTask:
@@ -83,7 +148,7 @@ class DiffusionTask:
         objective: ObjectiveOptions,
         batch_size: int,
         seed: int,
-        write: Callable[[Path, MeDiMModel, Slots], None],
+        write: Callable[[Path, MeDiMModel, Slots, Views], None],
         pack: int = 0,
         stored: Source | None = None,
         validation: Validation | None = None,
@@ -91,7 +156,7 @@ class DiffusionTask:
     ) -> None:
         """`model` may be a skeleton, whose weights are in `stored`, or are drawn if that is None.
 
-        `write` makes a model folder without weights, given the histogram of report slots it was trained on.
+        `write` makes a model folder without weights, given the histograms of report slots and views it was trained on.
         `draw` samples a few pairs and makes a contact sheet of them.
 
         `pack`: positions of a row that holds several studies; 0: one study a row, padded.
@@ -108,7 +173,10 @@ class DiffusionTask:
 
     def _batch(self, step: int, chosen: tuple[np.ndarray, np.ndarray], places: np.ndarray) -> Batch:
         first, (sources, studies) = step * self.batch_size, chosen
-        rows = [self.rows.row(int(sources[p]), int(studies[p]), first + int(p)) for p in places]
+        rows = []
+        for place in map(int, places):
+            rng = np.random.default_rng([self.seed, 3, step, place])
+            rows.append(self.rows.row(int(sources[place]), int(studies[place]), first + place, rng))
         joint = self.rows.joint
         fill, mask_id = joint.vocabulary.eos, joint.vocabulary.mask
         canvas = Canvas.pack(rows, fill, self.pack) if self.pack else Canvas.collate(rows, fill)
@@ -124,7 +192,7 @@ class DiffusionTask:
 
     def save(self, folder: Path) -> None:
         """All of a model folder but the weights: config, tokenizers, histogram of report slots, sampling defaults."""
-        self.write(folder, self.model, self.slots)
+        self.write(folder, self.model, *self.seen)
 
     def studies(self, step: int) -> list[str]:
         """Ids of the studies of a step."""
@@ -138,7 +206,7 @@ class DiffusionTask:
     def draw(self, model: nn.Module) -> PIL.Image.Image | None:
         """The contact sheet of a few pairs, always of the same noise."""
         assert isinstance(model, MeDiMModel)
-        return None if self._draw is None else self._draw(model, self.slots)
+        return None if self._draw is None else self._draw(model, self.seen[0])
 
     def check_sharing(self, way: str, divides_weights: bool) -> None:
         """Refuse adapters over a model that cannot be shared so."""
@@ -151,6 +219,6 @@ class DiffusionTask:
         return {"studies": list(self.order.sizes), "shares": list(self.order.shares)}
 
     @functools.cached_property
-    def slots(self) -> Slots:
-        """How often each slot length occurs in training, by modality: what sampling draws lengths from."""
-        return self.rows.slots()
+    def seen(self) -> tuple[Slots, Views]:
+        """How often each slot length, and each view, occurs in training, by modality: what sampling draws from."""
+        return self.rows.seen()

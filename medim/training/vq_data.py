@@ -17,10 +17,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from medim.config import options
+from medim.data.augment import Augmentation
 from medim.data.embedded import DOMAINS
 from medim.data.sources import SOURCES
 from medim.data.studies import Image, Study
 from medim.errors import UserError
+from medim.pictures import read_picture
 from medim.tokenization.image import Fit, image_to_tensor, prepare_image
 from medim.vocabulary import MODALITIES
 
@@ -43,6 +45,7 @@ class PictureOptions:
         modality: of all pictures of source images: gray ones stay gray.
         mirror: mirror every second picture.
         rotate: turn tiles by multiples of 90 degrees.
+        augment: turn, move, scale and recolour each picture a little, as `medim prepare --views` does.
         limit: use so many pictures at most; 0 uses all.
     """
 
@@ -52,6 +55,7 @@ class PictureOptions:
     modality: str = "pathology"
     mirror: bool = True
     rotate: bool = True
+    augment: bool = False
     limit: int = 0
 
 
@@ -82,8 +86,9 @@ class Pictures:
         for _ in range(ATTEMPTS):
             image = self.draw(rng)
             mirrored, turns = bool(rng.integers(2)), int(rng.integers(4))
+            change = Augmentation.draw(rng) if self.options.augment else None
             try:
-                made = self._prepared(image)
+                made = self._prepared(image, change)
             except UserError as error:
                 problem = error
                 warnings.warn(f"left out: {error}", stacklevel=2)
@@ -108,8 +113,11 @@ class Pictures:
                     warnings.warn(f"left out: {error}", stacklevel=2)
         return made
 
-    def _prepared(self, image: Image) -> PIL.Image.Image:
-        return prepare_image(image.pixels, self.resolution, MODALITIES[image.modality].gray, self.fit)
+    def _prepared(self, image: Image, change: Augmentation | None = None) -> PIL.Image.Image:
+        gray, pixels = MODALITIES[image.modality].gray, image.pixels
+        if change is not None:
+            pixels = change(read_picture(pixels, "black" if gray else "white").image, image.modality, image.view)
+        return prepare_image(pixels, self.resolution, gray, self.fit)
 
 
 def open_pictures(o: PictureOptions, resolution: int, seed: int, fit: Fit = "crop") -> Pictures:

@@ -16,7 +16,7 @@ from medim.data.studies import Image, Study
 from medim.errors import UserError
 from medim.recipe import DataOptions, TrainConfig, make_task
 from medim.tokenization.joint import JointTokenizer
-from medim.training.task import Rows
+from medim.training.task import Rows, Shown
 
 REPORTS = ("Heart size is normal.", "No effusion.", "")
 
@@ -41,8 +41,8 @@ def test_images_take_turns(tiny_joint: JointTokenizer, tmp_path: Path) -> None:
     data = prepare.load(tmp_path, tiny_joint.image)
     (first, *_) = studies()
     codes = [tiny_joint.code_ids(tiny_joint.image_codes(image)) for image in first.images]
-    for images, turn, wanted in ((1, 0, [0]), (1, 4, [1]), (2, 2, [2, 0]), (3, 1, [0, 1, 2]), (9, 2, [0, 1, 2])):
-        row = Rows(tiny_joint, [data], images).row(0, 0, turn)
+    for images, turn, wanted in ((1, 0, [0]), (1, 4, [1]), (2, 2, [2, 0]), (3, 1, [1, 2, 0]), (9, 2, [1, 2, 0])):
+        row = Rows(tiny_joint, [data], Shown(images)).row(0, 0, turn)
         assert [ROLES[role] for role in row.roles] == ["image"] * len(wanted) + ["report"]
         assert [row.ids[row.segment == n].tolist() for n in range(len(wanted))] == [codes[k] for k in wanted]
     assert [ROLES[role] for role in Rows(tiny_joint, [data]).row(0, 2).roles] == ["image"]
@@ -58,7 +58,7 @@ def test_stored_ids_are_used_only_if_they_fit(tiny_joint: JointTokenizer, tmp_pa
     assert fit.report_ids(record)[:3] == [5, 6, tiny_joint.text.eos]
     assert unfit.report_ids(record) == tiny_joint.report_ids(REPORTS[0])
     lengths = [len(tiny_joint.report_ids(report)) for report in REPORTS if report]
-    assert fit.slots() == {"mri": {n: lengths.count(n) for n in set(lengths)}}
+    assert fit.seen()[0] == {"mri": {n: lengths.count(n) for n in set(lengths)}}
 
 
 def test_a_mixture_of_datasets(tiny_model: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from medim.data.studies import Image, Skipped, Study
 from medim.errors import UserError
 from medim.pictures.dicom import DAMAGED, Frame, find, is_dicom, quiet, read_header, spacing_of
 from medim.pictures.picture import Spacing, squared_spacing
-from medim.pictures.windows import parse_window
+from medim.pictures.windows import HU, parse_window
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -242,7 +242,8 @@ def _pictures(study: str, instances: list[Instance], o: DicomOptions) -> Iterato
 
 def _image(instance: Instance, frame: int, o: DicomOptions) -> Image:
     window = o.window if instance.modality == "ct" else None
-    return Image(instance.modality, Frame(instance.file, frame, window), instance.view, instance.spacing)
+    view = f"{window} {instance.view}".strip() if window in HU else instance.view
+    return Image(instance.modality, Frame(instance.file, frame, window), view, instance.spacing)
 
 
 def _report_file(root: Path, files: list[Path], folders: dict[Path, set[str]]) -> Path | None:

@@ -105,7 +105,7 @@ def test_a_series_is_one_image_or_many_studies(tmp_path: Path) -> None:
     stack(tmp_path, 3, "1.1.2", Modality="MR", SeriesDescription="t2_tse tra")
     write(tmp_path / "z", SeriesInstanceUID="1.1.3")
     (study,), _ = listed(tmp_path)
-    assert [(i.modality, i.view) for i in study.images] == [("ct", "axial"), ("mri", "t2 axial"), ("xray", "")]
+    assert [(i.modality, i.view) for i in study.images] == [("ct", "soft axial"), ("mri", "t2 axial"), ("xray", "")]
     files = [i.pixels for i in study.images]
     assert files[:2] == [Frame(tmp_path / "1.1.1-03", 0, "soft"), Frame(tmp_path / "1.1.2-02")]
     every, _ = listed(tmp_path, frames=2, window="50 350")
@@ -257,5 +257,5 @@ def test_pydicoms_own_files(tmp_path: Path) -> None:
         assert file is not None
         (tmp_path / name).write_bytes(Path(file).read_bytes())
     studies, skipped = listed(tmp_path)
-    assert [[(i.modality, i.view) for i in s.images] for s in studies] == [[("ct", "axial")], [("mri", "axial")]]
+    assert [[(i.modality, i.view) for i in s.images] for s in studies] == [[("ct", "soft axial")], [("mri", "axial")]]
     assert list(skipped) == ["rtplan.dcm"]

@@ -97,7 +97,7 @@ def test_paired_ct_and_mri(tmp_path: Path) -> None:
     studies, skipped = listed(tmp_path, plane="coronal", every=4, content=0, window="brain")
     assert not skipped and [s.id for s in studies] == [f"1BA001-coronal-00{k}" for k in (1, 5, 9)]
     mri, ct = studies[0].images
-    assert (mri.modality, mri.view, ct.modality, ct.view) == ("mri", "coronal", "ct", "coronal")
+    assert (mri.modality, mri.view, ct.modality, ct.view) == ("mri", "coronal", "ct", "brain coronal")
     assert isinstance(mri.pixels, Slice) and isinstance(ct.pixels, Slice)
     assert (mri.pixels.window, ct.pixels.window) == (None, "brain")
     assert read_picture(ct.pixels).window == "hu 0 80"
