@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pydantic
@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from medim.alignment import barlow_twins, info_nce
 from medim.canvas import ROLES, Canvas
 from medim.config import options
 from medim.diffusion import Schedule, ScheduleName, Weighting, loss_weight
@@ -24,6 +25,7 @@ from medim.model.medim import ConditionAttention, Scored
 from medim.vocabulary import KINDS
 
 T_BINS = 10
+BESIDE = ("align", "invariance")
 Task = Literal["pair", "report", "image", "translate"]
 # the roles that have t=0; of the images of `translate`, all but one
 GIVEN: dict[Task, tuple[str, ...]] = {
@@ -50,6 +52,9 @@ class ObjectiveOptions:
         snr_clamp: the largest weight of ``min_snr``; the others ignore it.
         modality_weights: factor on text and on image positions, both in the loss and in the count that divides it.
         min_t: the smallest noise level drawn: the bound's weight has a pole at t=0.
+        align: weight of `info_nce` between each study's report and one of its images, each in a pass of its own; needs
+            `model.embed`. Candidates are the pairs of a part of the batch (`train.accumulate`), over all processes.
+        invariance: weight of `barlow_twins` between two of an image's stored views (`medim prepare --views`).
     """
 
     tasks: dict[Task, float] = field(default_factory=lambda: {"pair": 0.6, "report": 0.2, "image": 0.2})
@@ -61,23 +66,47 @@ class ObjectiveOptions:
     snr_clamp: float = pydantic.Field(default=5.0, gt=0)
     modality_weights: dict[Literal["text", "image"], float] = field(default_factory=lambda: {"text": 1.0, "image": 1.0})
     min_t: float = 1e-3
+    align: Annotated[float, pydantic.Field(ge=0)] = 0.0
+    invariance: Annotated[float, pydantic.Field(ge=0)] = 0.0
+
+
+@dataclass(frozen=True)
+class Alone:
+    """Segments by themselves, a row each, at the places of studies that have what is needed.
+
+    Attributes:
+        images, texts: the first and the second half of each pair: an image and its report, or two views of an image.
+        group: number of the modality of each pair's image.
+    """
+
+    images: Canvas
+    others: Canvas
+    group: Int[Tensor, "M"]
+
+    def to(self, device: torch.device | str) -> Alone:
+        """The same on another device."""
+        return Alone(self.images.to(device), self.others.to(device), self.group.to(device, non_blocking=True))
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's rows on one process: a corrupted canvas and what is to be restored."""
+    """One step's rows on one process: a corrupted canvas, what is to be restored, and segments by themselves."""
 
     canvas: Canvas  # ids are corrupted
     t: Float[Tensor, "B S"]
     rows: tuple[Int[Tensor, "_"], ...]  # by kind, N of each: supervised places of the flattened [B*L]
     targets: tuple[Int[Tensor, "_"], ...]  # by kind: their clean ids
     given: Bool[Tensor, "B L"] | None = None  # positions that attend to each other only
+    align: Alone | None = None
+    invariance: Alone | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
         rows, targets = (tuple(v.to(device, non_blocking=True) for v in part) for part in (self.rows, self.targets))
         given = None if self.given is None else self.given.to(device, non_blocking=True)
-        return Batch(self.canvas.to(device), self.t.to(device, non_blocking=True), rows, targets, given)
+        align, invariance = (None if one is None else one.to(device) for one in (self.align, self.invariance))
+        t = self.t.to(device, non_blocking=True)
+        return Batch(self.canvas.to(device), t, rows, targets, given, align, invariance)
 
 
 @dataclass(frozen=True)
@@ -88,11 +117,15 @@ class Loss:
         total: weighted sum of cross-entropies in nats, with gradient.
         nats: unweighted cross-entropy sums by kind and noise-level bin, detached.
         positions: how many positions each cell of `nats` holds.
+        beside: this process's share of the weighted losses that are means already (`align`, `invariance`), with
+            gradient: not to be divided. `parts`: them, unweighted and detached, in the order of `BESIDE`.
     """
 
     total: Float[Tensor, ""]
     nats: Float[Tensor, "K T"]
     positions: Float[Tensor, "K T"]
+    beside: Float[Tensor, ""]
+    parts: Float[Tensor, "2"]
 
 
 def noise_levels(
@@ -183,7 +216,15 @@ def loss(model: nn.Module, batch: Batch, o: ObjectiveOptions) -> Loss:
     level = torch.where(canvas.segment < 0, batch.t.shape[1], canvas.segment)
     network: Any = model.module if hasattr(model, "module") else model  # DDP's wrapper runs, the inner one knows
     score = Scored(torch.cat(batch.rows), torch.cat(batch.targets), tuple(map(len, batch.rows)))
-    every = model(canvas.ids, tagged, level, score=score, **network.attention(canvas, batch.given))
+    told = network.attention(canvas, batch.given) | network.gating(canvas, tagged.gather(1, level))
+    alone = [] if batch.align is None else [(batch.align.images, "image"), (batch.align.others, "text")]
+    if batch.invariance is not None:
+        alone += [(batch.invariance.images, "invariant"), (batch.invariance.others, "invariant")]
+    every = model(canvas.ids, tagged, level, score=score, **told, **({"alone": alone} if alone else {}))
+    beside, parts = torch.zeros((), device=canvas.ids.device), torch.zeros(len(BESIDE), device=canvas.ids.device)
+    if alone:
+        every, embedded = every
+        beside, parts = _beside(network, batch, list(embedded), o)
     t_flat, schedule = tagged.gather(1, level).flatten(), Schedule(o.schedule, o.schedule_power)
     total = every.new_zeros(())
     nats = torch.zeros(len(KINDS), T_BINS, device=every.device)
@@ -194,4 +235,19 @@ def loss(model: nn.Module, batch: Batch, o: ObjectiveOptions) -> Loss:
         cell = (t * T_BINS).long().clamp(max=T_BINS - 1)
         nats[number].index_add_(0, cell, nll.detach().float())
         positions[number].index_add_(0, cell, torch.ones_like(t))
-    return Loss(total, nats, positions)
+    return Loss(total, nats, positions, beside, parts)
+
+
+def _beside(
+    network: Any, batch: Batch, embedded: list[Tensor], o: ObjectiveOptions
+) -> tuple[Float[Tensor, ""], Float[Tensor, "2"]]:
+    """The losses of segments by themselves, weighted and summed, and each by itself."""
+    values = torch.zeros(len(BESIDE), device=embedded[0].device)
+    total = embedded[0].sum() * 0
+    if batch.align is not None:
+        found = info_nce(embedded[0], embedded[1], network.embedder.log_scale, batch.align.group)
+        total, values[0] = total + o.align * found, found.detach()
+    if batch.invariance is not None:
+        found = barlow_twins(embedded[-2], embedded[-1], batch.invariance.group)
+        total, values[1] = total + o.invariance * found, found.detach()
+    return total, values

@@ -133,6 +133,8 @@ def make_task(config: TrainConfig) -> DiffusionTask:
     model.tie_weights()  # parameters that were made without memory are no longer one
     if model.vocabulary != joint.vocabulary:
         raise UserError(f"{config.init}: config.json and canvas.json disagree about the vocabulary; it was mixed up")
+    if (config.objective.align or config.objective.invariance) and not shape.embed:
+        raise UserError("objective.align and objective.invariance need embeddings: set model.embed, such as to 128")
     wanted = Schedule(config.objective.schedule, config.objective.schedule_power)
     if model.schedule != wanted:
         raise UserError(f"objective.schedule: {wanted} is asked for, {config.init} was trained with {model.schedule}")

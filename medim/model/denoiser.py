@@ -17,6 +17,7 @@ from transformers import DynamicCache
 from medim.canvas import Canvas
 from medim.diffusion import Group
 from medim.model.attention import key_mask
+from medim.model.gates import Gated
 from medim.vocabulary import KINDS
 
 if TYPE_CHECKING:
@@ -197,30 +198,34 @@ class BoundDenoiser:
         canvas = self.canvas if copies == 1 else self.canvas.repeat(copies)
         given = None if self.given is None else self.given.repeat(copies, 1)
         self.tokens += ids.numel()
-        return self.model(ids, levels, level, past_key_values=memory, **self.model.attention(canvas, given))
+        told = self.model.attention(canvas, given) | self.model.gating(canvas, t)
+        return self.model(ids, levels, level, past_key_values=memory, **told)
 
     def _remember(self, ids: Int[Tensor, "B L"], t: Float[Tensor, "B L"]) -> Memory:
         """Keys and values of the given positions, which see each other only."""
         memory, kept = Memory(), self._kept
-        self._pass(ids, t, kept, kept.valid if self._masks or not kept.full else None, memory)
+        self._pass(ids, t, kept, (kept,), memory)
         return memory.keep()
 
     def _rest(self, ids: Int[Tensor, "B L"], t: Float[Tensor, "B L"]) -> Float[Tensor, "B Q D"]:
         """The generated segments, which attend to what is remembered and to themselves."""
-        kept, run = self._kept, self._run
-        whole = kept.full and run.full and not self._masks
-        mask = None if whole else torch.cat([kept.valid, run.valid], 1)
-        return self._pass(ids, t, run, mask, self._memory[len(ids) // len(self.generate)])
+        return self._pass(ids, t, self._run, (self._kept, self._run), self._memory[len(ids) // len(self.generate)])
 
-    def _pass(self, ids: Tensor, t: Tensor, part: _Part, valid: Tensor | None, memory: Memory) -> Tensor:
+    def _pass(self, ids: Tensor, t: Tensor, part: _Part, keys: Sequence[_Part], memory: Memory) -> Tensor:
+        """A part of the positions, which attend to `keys`, itself among them."""
         copies = len(ids) // len(self.generate)
         levels, level = self._levels(ids, t)
         mask = None
-        if valid is not None:
-            mask = key_mask(valid.repeat(copies, 1), self.model.attention_backend, self.model.dtype, part.size)
+        if self._masks or not all(one.full for one in keys):
+            valid = torch.cat([one.valid for one in keys], 1).repeat(copies, 1)
+            mask = key_mask(valid, self.model.attention_backend, self.model.dtype, part.size)
+        gating = {}
+        for name, gated in self.model.gating(self.canvas.repeat(copies), t).items():
+            seen = [torch.cat([one.of(v) for one in keys], 1) for v in (gated.key_kind, gated.key_segment, gated.key_t)]
+            gating[name] = Gated(part.of(gated.query_kind), part.of(gated.query_segment), *seen)
         self.tokens += len(ids) * part.size
         marks = {"position_ids": part.positions.repeat(copies, 1)}
         for name, values in self.marks.items():
             repeated = values.repeat(copies, *[1] * (values.dim() - 1))
             marks[name] = repeated if name == "tags" else part.of(repeated)
-        return self.model(part.of(ids), levels, part.of(level), mask, past_key_values=memory, **marks)
+        return self.model(part.of(ids), levels, part.of(level), mask, past_key_values=memory, **marks, **gating)

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from medim.model.medim import MeDiMModel
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-IN_FULL = ("adaln.", "time.", "place.")  # of MeDiM's own parameters, all that are not the backbone's
+# of MeDiM's own parameters: all that are not the backbone's
+IN_FULL = ("adaln.", "time.", "place.", "belongs.", "embedder.", "gates.")
 _FACTOR = re.compile(r"(.+)\.lora_([AB])\.default\.weight")
 _ROWS = re.compile(r"(.+)\.rows_(\d+)_(\d+)")
 

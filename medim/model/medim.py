@@ -6,15 +6,19 @@ vocabulary.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
+import pydantic
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, Cache, PreTrainedConfig, PreTrainedModel
 
+from medim.alignment import TEMPERATURE
 from medim.canvas import Canvas
 from medim.config import options
 from medim.diffusion import Schedule, ScheduleName
@@ -30,6 +34,7 @@ from medim.model.backbone import (
     window_of,
 )
 from medim.model.denoiser import BoundDenoiser
+from medim.model.gates import CrossGates, Gated
 from medim.model.head import RestrictedHead
 from medim.model.lora import Adapted
 from medim.model.rows import SplitHead
@@ -52,6 +57,9 @@ class ModelOptions:
         positions: what rotates keys and queries: the number of a position in its row, or one that the codes of all of a
             study's images at one place share (aligned). Aligned codes are told the tags of their image by a learnt
             vector, since nothing else tells them apart.
+        embed: width of the embeddings of images and reports by themselves (`MeDiMModel.embed`); 0: there are none.
+        gates: whether how strongly the segments of a study attend to each other is learnt, for each pair of modalities
+            and by how noisy the one attended to is (`CrossGates`).
     """
 
     backbone: BackboneOptions = BackboneOptions()
@@ -59,6 +67,8 @@ class ModelOptions:
     places: int = 0
     logits: Logits = "plain"
     positions: Positions = "row"
+    embed: Annotated[int, pydantic.Field(ge=0)] = 0
+    gates: bool = False
 
 
 ConditionAttention = Literal["full", "prefix"]
@@ -85,6 +95,8 @@ class MeDiMConfig(PreTrainedConfig):
         schedule_power: float = 2.0,
         places: int = 0,
         positions: Positions = "row",
+        embed: int = 0,
+        gates: bool = False,
         condition_dropout: float = 0.0,
         absent: float = 0.0,
         condition_attention: ConditionAttention = "full",
@@ -103,6 +115,8 @@ class MeDiMConfig(PreTrainedConfig):
         self.schedule_power = schedule_power
         self.places = places
         self.positions = positions
+        self.embed = embed
+        self.gates = gates
         self.condition_dropout = condition_dropout
         self.absent = absent
         self.condition_attention = condition_attention
@@ -117,7 +131,8 @@ def config_of(o: ModelOptions, vocabulary: Vocabulary) -> MeDiMConfig:
     """The config of a model made from scratch."""
     backbone = config_from_options(o.backbone, vocabulary.size)
     read: Any = SHIFTS[o.logits]
-    settings: dict[str, Any] = {"places": o.places, "positions": o.positions, "read": read}
+    settings: dict[str, Any] = {"places": o.places, "positions": o.positions, "embed": o.embed, "gates": o.gates}
+    settings["read"] = read
     config = MeDiMConfig(backbone.to_dict(), vocabulary.to_dict(), o.adaln_dim, **settings)
     config._attn_implementation = o.backbone.attn_implementation
     return config
@@ -136,8 +151,31 @@ class Scored(NamedTuple):
     sizes: tuple[int, ...]
 
 
+class Alone(NamedTuple):
+    """Rows of one segment each, and which map their embeddings are made by: a kind, or ``invariant``."""
+
+    canvas: Canvas
+    name: str
+
+
 class PlaceEmbedding(nn.Embedding):
     """Where in its image a code is; index 0 is nowhere. Zero at the start, where a pretrained model is unchanged."""
+
+
+class Embedder(nn.Module):
+    """Pooled states to embeddings: one map a kind for alignment (`info_nce`), one for invariance (`barlow_twins`).
+
+    Attributes:
+        log_scale: log of 1 / temperature, learnt.
+    """
+
+    def __init__(self, hidden_size: int, width: int) -> None:
+        super().__init__()
+        self.maps = nn.ModuleDict({name: nn.Linear(hidden_size, width, bias=False) for name in (*KINDS, "invariant")})
+        self.log_scale = nn.Parameter(torch.tensor(-math.log(TEMPERATURE)))
+
+    def forward(self, pooled: Float[Tensor, "B D"], name: str) -> Float[Tensor, "B E"]:
+        return self.maps[name](pooled)
 
 
 class TagEmbedding(nn.Embedding):
@@ -170,8 +208,10 @@ class MeDiMModel(PreTrainedModel):
         self.backbone.set_output_embeddings(head)
         self.window = window_of(inner)
         self.place = PlaceEmbedding(config.places + 1, inner.hidden_size) if config.places else None
-        numbers = len(self.vocabulary.tags) + 1
-        self.belongs = TagEmbedding(numbers, inner.hidden_size) if config.positions == "aligned" else None
+        tags = len(self.vocabulary.tags)
+        self.embedder = Embedder(inner.hidden_size, config.embed) if config.embed else None
+        self.gates = CrossGates(tags) if config.gates else None
+        self.belongs = TagEmbedding(tags + 1, inner.hidden_size) if config.positions == "aligned" else None
         self.time = TimeEmbedding(config.adaln_dim, TimeOptions(**config.time))
         self.adaln = nn.ModuleList(
             AdaLN(config.adaln_dim, inner.hidden_size) for _ in range(len(decoder_layers(self.backbone)))
@@ -184,7 +224,12 @@ class MeDiMModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, AdaLN):
             module.reset()
-        elif isinstance(module, PlaceEmbedding | TagEmbedding):
+        elif isinstance(module, Embedder):
+            for one in module.maps.values():
+                assert isinstance(one, nn.Linear)
+                nn.init.normal_(one.weight, std=one.in_features**-0.5)
+            nn.init.constant_(module.log_scale, -math.log(TEMPERATURE))
+        elif isinstance(module, CrossGates | PlaceEmbedding | TagEmbedding):
             nn.init.zeros_(module.weight)
         elif isinstance(module, TimeEmbedding):
             for linear in module.linears:
@@ -253,9 +298,12 @@ class MeDiMModel(PreTrainedModel):
         tags: Int[Tensor, "B S A"] | None = None,
         past_key_values: Cache | None = None,
         score: Scored | None = None,
+        gated: Gated | None = None,
+        alone: Sequence[Alone] | None = None,
         **kernel: Any,
-    ) -> Float[Tensor, "..."]:
+    ) -> Any:
         """Hidden states after the last norm, [B, Q, D]; `head` makes logits of them. With `score`, cross-entropies [N].
+        With `alone`, a tuple of that and of embeddings, [M, E] each.
 
         Args:
             t: noise levels in [0, 1], T a row.
@@ -269,12 +317,47 @@ class MeDiMModel(PreTrainedModel):
             past_key_values: keys and values of positions that are not among the Q.
             score: rows whose targets' cross-entropy in nats is wanted; the head then runs inside this pass, where
                 ZeRO-3 and FSDP have its weight.
+            gated: what `CrossGates` looks at.
+            alone: canvases of one segment a row whose embeddings are wanted, from passes of their own: together each
+                segment would have seen the other.
             kernel: more arguments of the attention backend.
 
         Raises:
             UserError: the canvas is longer than the positions that the backbone knows, or the attention backend has no
                 mask for what the backbone does.
         """
+        hidden = self._hidden(
+            ids, t, level, attention_mask, position_ids, place, segment, tags, past_key_values, gated, **kernel
+        )
+        if alone is not None:
+            embedded = tuple(self._embedded(*one) for one in alone)
+            return self._scored(hidden, score) if score is not None else hidden.new_zeros(0), embedded
+        return hidden if score is None else self._scored(hidden, score)
+
+    def _scored(self, hidden: Float[Tensor, "B Q D"], score: Scored) -> Float[Tensor, "N"]:
+        """Cross-entropies of rows."""
+        starts, stops = zip(*(self.vocabulary.columns(kind) for kind in KINDS), strict=True)
+        rows = score.rows
+        if self.config.read:
+            parts = rows.split(score.sizes)
+            rows = torch.cat([part + self.read_from(kind) for kind, part in zip(KINDS, parts, strict=True)])
+        return self.head(hidden.flatten(0, 1)[rows], score.targets, starts, stops, score.sizes)
+
+    def _hidden(
+        self,
+        ids: Int[Tensor, "B Q"],
+        t: Float[Tensor, "B T"],
+        level: Int[Tensor, "B Q"] | None = None,
+        attention_mask: Any = None,
+        position_ids: Int[Tensor, "_ Q"] | None = None,
+        place: Int[Tensor, "B Q"] | None = None,
+        segment: Int[Tensor, "B Q"] | None = None,
+        tags: Int[Tensor, "B S A"] | None = None,
+        past_key_values: Cache | None = None,
+        gated: Gated | None = None,
+        **kernel: Any,
+    ) -> Float[Tensor, "B Q D"]:
+        """States after the last norm; arguments as those of `forward`."""
         limit = getattr(self.backbone.config, "max_position_embeddings", None)
         if position_ids is None and limit is not None and ids.shape[1] > limit:
             raise UserError(f"a canvas of {ids.shape[1]} positions is longer than the backbone's {limit}")
@@ -295,7 +378,10 @@ class MeDiMModel(PreTrainedModel):
         if self.config.time["shared"]:
             own = t if level is None else t.gather(1, level)
             t, level = own.amax(1, keepdim=True), torch.zeros_like(ids)
-        hidden = self.backbone.get_decoder()(
+        if self.gates is not None and gated is not None:
+            self._check_backend("gates")
+            attention_mask = self.gates(gated, attention_mask, embedded.dtype)
+        return self.backbone.get_decoder()(
             inputs_embeds=embedded,
             attention_mask=self._windowed(attention_mask, length, ids.device),
             position_ids=position_ids,
@@ -306,14 +392,6 @@ class MeDiMModel(PreTrainedModel):
             level=level,
             **kernel,
         ).last_hidden_state
-        if score is None:
-            return hidden
-        starts, stops = zip(*(self.vocabulary.columns(kind) for kind in KINDS), strict=True)
-        rows = score.rows
-        if self.config.read:
-            parts = rows.split(score.sizes)
-            rows = torch.cat([part + self.read_from(kind) for kind, part in zip(KINDS, parts, strict=True)])
-        return self.head(hidden.flatten(0, 1)[rows], score.targets, starts, stops, score.sizes)
 
     def read_from(self, kind: Kind) -> int:
         """How many positions after its own the prediction of a position is read; its row of the canvas has them."""
@@ -341,6 +419,27 @@ class MeDiMModel(PreTrainedModel):
     def attention_backend(self) -> str:
         """What computes attention: sdpa, eager, flash_attention_2 or flex_attention."""
         return str(self.backbone.config._attn_implementation)
+
+    def _embedded(self, canvas: Canvas, name: str) -> Float[Tensor, "M E"]:
+        """Embeddings of rows of one segment, not normalised: a map of the mean state of the segment, at t=0."""
+        if self.embedder is None:
+            raise UserError("this model has no embeddings: train one with model.embed and objective.align")
+        level = torch.zeros_like(canvas.ids)
+        t = torch.zeros(len(canvas.ids), 1, device=canvas.ids.device)
+        hidden = self._hidden(canvas.ids, t, level, **self.attention(canvas))
+        here = (canvas.segment >= 0).unsqueeze(-1).to(hidden.dtype)
+        return self.embedder((hidden * here).sum(1) / here.sum(1).clamp(min=1), name)
+
+    def embed(self, canvas: Canvas, kind: Kind) -> Float[Tensor, "M E"]:
+        """Embeddings of length 1 of rows that hold one image, or one report, each."""
+        return torch.nn.functional.normalize(self._embedded(canvas, kind).float(), dim=-1)
+
+    def gating(self, canvas: Canvas, t: Float[Tensor, "B L"]) -> dict[str, Any]:
+        """What gates look at on a whole canvas, as an argument of `forward`; nothing for a model without them."""
+        if self.gates is None:
+            return {}
+        kinds = self.gates.kinds(canvas)
+        return {"gated": Gated(kinds, canvas.segment, kinds, canvas.segment, t)}
 
     def _told(self, tags: Int[Tensor, "B S A"]) -> Float[Tensor, "B S D"]:
         """Of each segment, the sum of its tags' vectors."""

@@ -438,7 +438,11 @@ def _update(run: _Run, parts: list[Batch]) -> tuple[Loss, torch.Tensor]:
         with engine.computing(last):
             with accelerator.autocast():
                 loss = task.loss(engine.model, part.to(accelerator.device))
-            engine.backward(loss.total / total_count * run.world, last)  # gradients become the mean over processes
-        losses.append(Loss(loss.total.detach() / total_count, loss.nats, loss.positions))
-    together = (torch.stack([getattr(one, name) for one in losses]).sum(0) for name in ("total", "nats", "positions"))
+            beside = loss.beside / len(parts)
+            whole = loss.total / total_count + beside
+            engine.backward(whole * run.world, last)  # gradients become the mean over processes
+        means = loss.parts / len(parts)
+        losses.append(Loss(whole.detach(), loss.nats, loss.positions, beside.detach(), means))
+    names = ("total", "nats", "positions", "beside", "parts")
+    together = (torch.stack([getattr(one, name) for one in losses]).sum(0) for name in names)
     return Loss(*together), engine.step()

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from medim.config import options
 from medim.errors import UserError
-from medim.objective import T_BINS, Loss
+from medim.objective import BESIDE, T_BINS, Loss
 from medim.vocabulary import KINDS
 
 PLAIN_EVERY = 30.0  # seconds between lines where stderr is no terminal
@@ -244,6 +244,8 @@ class Meter:
         )
         self._check_finite(first, totals.tolist())
         row: dict[str, Any] = {"step": step, "loss": round(float(totals.mean()), 6)}
+        beside = self.throughput.accelerator.reduce(torch.stack([one.parts for one in self.window]).mean(0), "sum")
+        row |= {f"loss_{name}": round(v, 6) for name, v in zip(BESIDE, beside.tolist(), strict=True) if v}
         row |= by_noise(nats.cpu(), positions.cpu()) | {"grad_norm": round(float(norm), 6), "lr": lr}
         row |= self.throughput.row(len(totals) * self.batch_size, (self.log.steps - step) / len(totals))
         shown = {f"loss {kind}": f"{row[f'loss_{kind}']:.3f}" for kind in KINDS}

@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import PIL.Image
+import torch
 from datasets import Dataset
 from torch import nn
 
@@ -20,7 +21,7 @@ from medim.data.prepare import AUGMENTED
 from medim.model.flops import Work
 from medim.model.lora import check_sharing
 from medim.model.medim import MeDiMModel
-from medim.objective import Batch, Loss, ObjectiveOptions, count, loss, make_batch
+from medim.objective import Alone, Batch, Loss, ObjectiveOptions, count, loss, make_batch
 from medim.tokenization.joint import JointTokenizer
 from medim.training.validation import Validation
 from medim.training.weights import Source
@@ -112,6 +113,37 @@ class Rows:
         }
         return [" ".join(word for word in words if word not in untold) for words in known]
 
+    def alone(self, studies: Sequence[tuple[int, int]], rngs: Sequence[np.random.Generator], twins: bool) -> Alone:
+        """One image of each study, by chance, and its report, or with `twins` another view of it, each a row by itself.
+
+        Studies that lack either are left out.
+        """
+        images, others, groups = [], [], []
+        for (source, index), rng in zip(studies, rngs, strict=True):
+            record = self.data[source][index]
+            found = list(record["images"])
+            if not found or not (twins or record["report"]):
+                continue
+            image = found[int(rng.integers(len(found)))]
+            ways = [image["codes"], *(image.get(AUGMENTED) or ())]
+            if twins and len(ways) < 2:
+                continue
+            first, second = rng.permutation(max(2, len(ways)))[:2]
+            modality = str(image["modality"])
+            images.append(self._one_image(modality, ways[first % len(ways)]))
+            report = Segment("report", "text", self.report_ids(record))
+            others.append(self._one_image(modality, ways[second]) if twins else layout([report], self.joint.vocabulary))
+            groups.append(list(MODALITIES).index(modality))
+        fill = self.joint.vocabulary.eos
+        if not images:  # other processes may have some, and all must run alike: a pair of no group counts nowhere
+            empty = layout([Segment("report", "text", self.joint.report_ids(""))], self.joint.vocabulary)
+            images, others, groups = [empty], [empty], [-1]
+        return Alone(Canvas.collate(images, fill), Canvas.collate(others, fill), torch.tensor(groups))
+
+    def _one_image(self, modality: str, codes: Any) -> Row:
+        """A row of one image. Its view is not told: one who searches may not know it."""
+        return layout([Segment("image", modality, self.joint.code_ids(np.asarray(codes)))], self.joint.vocabulary)
+
     def report_ids(self, record: Mapping[str, Any]) -> list[int]:
         """Ids of a stored report in its slot."""
         report = str(record["report"])
@@ -173,14 +205,20 @@ class DiffusionTask:
 
     def _batch(self, step: int, chosen: tuple[np.ndarray, np.ndarray], places: np.ndarray) -> Batch:
         first, (sources, studies) = step * self.batch_size, chosen
-        rows = []
-        for place in map(int, places):
-            rng = np.random.default_rng([self.seed, 3, step, place])
-            rows.append(self.rows.row(int(sources[place]), int(studies[place]), first + place, rng))
+        picked, rows = [(int(sources[place]), int(studies[place])) for place in places], []
+        for place, one in zip(map(int, places), picked, strict=True):
+            rows.append(self.rows.row(*one, first + place, np.random.default_rng([self.seed, 3, step, place])))
         joint = self.rows.joint
         fill, mask_id = joint.vocabulary.eos, joint.vocabulary.mask
         canvas = Canvas.pack(rows, fill, self.pack) if self.pack else Canvas.collate(rows, fill)
-        return make_batch(canvas, places.tolist(), self.batch_size, step, self.seed, self.objective, mask_id)
+        batch = make_batch(canvas, places.tolist(), self.batch_size, step, self.seed, self.objective, mask_id)
+        o = self.objective
+        more: dict[str, Any] = {}
+        for number, (name, weight) in enumerate((("align", o.align), ("invariance", o.invariance)), start=4):
+            if weight:
+                rngs = [np.random.default_rng([self.seed, number, step, int(place)]) for place in places]
+                more[name] = self.rows.alone(picked, rngs, twins=name == "invariance")
+        return replace(batch, **more)
 
     def count(self, batch: Batch) -> float:
         """What the loss is divided by."""

@@ -109,7 +109,7 @@ def test_step_zero_is_the_pretrained_model_without_its_causal_mask(tmp_path: Pat
 def test_new_rows_stand_after_those_of_the_backbone(tmp_path: Path) -> None:
     folder = plain_model(tmp_path, "llama", False)
     old = AutoModelForCausalLM.from_pretrained(folder).get_input_embeddings().weight
-    vocabulary = Vocabulary.build(text_size=TEXT - 4, eos=0, codebook_size=8, rows=TEXT)
+    vocabulary = Vocabulary.build(text_size=TEXT - 4, eos=0, codebook_size=8, rows=TEXT, views=())
     model = MeDiMModel.from_backbone(folder, vocabulary, adaln_dim=16)
     assert torch.equal(model.get_input_embeddings().weight[:TEXT], old) and vocabulary.image == (TEXT, TEXT + 8)
     with pytest.raises(ValueError, match="rows are never cut"):

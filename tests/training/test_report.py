@@ -19,7 +19,7 @@ from medim.vocabulary import KINDS
 def made(total: float) -> Loss:
     cells = torch.zeros(len(KINDS), T_BINS)
     cells[0, 3], cells[1, 9] = 2.0, 8.0
-    return Loss(torch.tensor(total), cells, cells / 2)
+    return Loss(torch.tensor(total), cells, cells / 2, torch.zeros(()), torch.zeros(2))
 
 
 @pytest.fixture
