@@ -183,9 +183,8 @@ def _check(protocol: Protocol, args: argparse.Namespace, model: MeDiM | None) ->
     if unknown:
         known = ", ".join(model.domains)
         raise UserError(f"{args.protocol}: {args.model} was not trained on {unknown[0]}; it knows {known}")
-    if "translate" in protocol.tasks:
-        raise UserError(f"{args.protocol}: models of this version do not translate; outputs of others are scored with "
-                        "--predictions DIR")  # fmt: skip
+    if "translate" in protocol.tasks and protocol.tasks != ("translate",):
+        raise UserError(f"{args.protocol}: tasks: translate stands alone: its studies need no report")
 
 
 def _domain(
@@ -201,7 +200,7 @@ def _domain(
             outputs[task] = read_predictions(bench.predictions, domain, task, studies)
             bench.progress.update(len(studies))
     bench.say(f"{domain}: real studies")
-    real, tokenizer = _real(bench, domain, studies, [one for some in outputs.values() for one in some])
+    real, tokenizer = _real(bench, scoring, domain, studies, [one for some in outputs.values() for one in some])
     tasks: dict[str, Any] = {}
     sums: dict[str, Sums] = {}
     for task, some in outputs.items():
@@ -232,11 +231,11 @@ def _relative(path: str, out: Path) -> str:
 
 
 def _real(
-    bench: Bench, domain: str, studies: Sequence[Study], outputs: Sequence[Output]
+    bench: Bench, scoring: Scoring, domain: str, studies: Sequence[Study], outputs: Sequence[Output]
 ) -> tuple[Real, dict[str, Any]]:
     """The real studies as the scored system sees them, and how well the image tokenizer keeps them."""
     gray = MODALITIES[domain].gray
-    wanted = 1 if "translate" in bench.protocol.tasks else 0  # the image that is to be made
+    wanted = -1 if "translate" in bench.protocol.tasks else 0  # the image that is to be made
     side = next((min(p.size) for one in outputs if (p := one.picture()) is not None), SIDE)
     folders = [bench.out / "given" / domain, bench.out / "again" / domain]
     files: list[list[Path]] = [[], []]
@@ -245,7 +244,7 @@ def _real(
     for study in studies if all(study.images for study in studies) else ():
         name = f"{key_of({'study': study.id, 'side': 0 if bench.model else side})}.png"
         if not (folders[0] / name).is_file():
-            picture = bench.prepare(study, side, min(wanted, len(study.images) - 1))
+            picture = bench.prepare(study, side, wanted)
             picture.convert("L" if gray else "RGB").save(folders[0] / name)
         if bench.model and not (folders[1] / name).is_file():
             codes = bench.model.joint.image.encode(bench.model.joint.image.prepare(folders[0] / name, gray), gray)
@@ -257,6 +256,10 @@ def _real(
     pictures, again = Stored(files[0]), Stored(files[1]) if bench.model else None
     real = Real.read(domain, studies, pictures, again, bench.protocol.data.source == "demo")
     relative = [_relative(str(path), bench.out) for path in files[0]]
+    if wanted:
+        from eval.images import baselines
+
+        real = replace(real, baselines=scoring.attempt("baselines", lambda: baselines(bench, domain, studies, side)))
     real.files.update(zip((study.id for study in studies), relative, strict=False))  # none where there are no images
     tokenizer = {}
     if again is not None:

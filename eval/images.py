@@ -15,6 +15,7 @@ from eval.measure import Figure, Real, Scoring
 from eval.outputs import Output
 from eval.protocol import TaskName
 from eval.studies import read_studies
+from medim.data.studies import Study
 from medim.errors import UserError
 from medim.metrics import distribution, image, memorisation
 from medim.metrics.features import Extractor, load_extractor
@@ -30,6 +31,7 @@ SETS = ("fid", "kid", "prdc", "ms_ssim", "inception_score")
 PNG = "png"  # what pictures are when features are read off them: 8 bits, lossless
 WORST_PSNR = 0.0  # dB, of an output that is not there
 CLOSEST = 10
+BASELINE = 2000  # training studies at most that baselines of a translation look at
 DRAWS = 200  # of pictures, for the intervals of KID
 
 
@@ -152,8 +154,44 @@ def _likeness(scoring: Scoring, outputs: Sequence[Output], real: Real) -> dict[s
         best = math.nan
         if real.again is not real.pictures:
             best = float(np.mean([measure(a, b) for a, b in zip(real.pictures, real.again, strict=True)]))
-        figures[name] = scoring.figure(Sums.mean(values), outputs, higher=higher, ceiling=best)
+        known = {
+            label: float(np.mean([measure(a, _fitted(b, a)) for a, b in zip(real.pictures, pictures, strict=True)]))
+            for label, pictures in real.baselines.items()
+        }
+        floor = (max if higher else min)(known.values(), default=math.nan)
+        about = (
+            "the best baseline is the floor: " + ", ".join(f"{k} {v:.4g}" for k, v in known.items()) if known else ""
+        )
+        figures[name] = scoring.figure(
+            Sums.mean(values), outputs, higher=higher, floor=floor, ceiling=best, about=about
+        )
     return figures
+
+
+def baselines(bench: Bench, domain: str, studies: Sequence[Study], side: int) -> dict[str, Sequence[PIL.Image.Image]]:
+    """What a translation must beat, a picture a study: its (first) source itself, the mean of the wanted images of the
+    split train, and the one there whose sources are nearest to the study's, by their mean squared error.
+
+    Where the split train is empty there is only the first.
+    """
+    gray = MODALITIES[domain].gray
+
+    def read(study: Study, number: int) -> PIL.Image.Image:
+        return bench.prepare(study, side, number).convert("L" if gray else "RGB")
+
+    def sources(study: Study) -> np.ndarray:
+        return np.stack([np.asarray(read(study, n).convert("L"), np.float32) for n in range(len(study.images) - 1)])
+
+    found: dict[str, Sequence[PIL.Image.Image]] = {"copy": [read(study, 0) for study in studies]}
+    try:
+        training = read_studies(bench.protocol, "train", BASELINE)[domain]
+    except UserError:
+        return found
+    wanted = [read(study, -1) for study in training]
+    mean = PIL.Image.fromarray(np.mean([np.asarray(p, np.float32) for p in wanted], 0).round().astype(np.uint8))
+    known = np.stack([sources(study) for study in training])
+    nearest = [int(np.square(known - sources(study)).mean((1, 2, 3)).argmin()) for study in studies]
+    return found | {"mean": [mean] * len(studies), "nearest": [wanted[number] for number in nearest]}
 
 
 def _fitted(made: PIL.Image.Image, wanted: PIL.Image.Image) -> PIL.Image.Image:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +145,8 @@ class Sampler:
         first, found = self.protocol.seeds[0], {}
         same = {"model": self.weights, "task": task, "sampling": asdict(self.sampling)}
         same["data"] = asdict(self.protocol.data)
+        if task == "translate":
+            same["translate"] = self.protocol.translate
         for seed in self.protocol.seeds:
             for number, study in enumerate(studies):
                 name = f"{domain}-{task}-{number:05d}" if seed == first else f"{domain}-{task}-s{seed}-{number:05d}"
@@ -152,6 +154,11 @@ class Sampler:
         return found
 
     def _request(self, name: str, domain: str, task: TaskName, study: Study, seed: int, number: int) -> Request:
+        if task == "translate":
+            *sources, wanted = study.images
+            view = " ".join(MODALITIES[wanted.modality].words(wanted.view))
+            told = (replace(one, view=" ".join(MODALITIES[one.modality].words(one.view))) for one in sources)
+            return Request(name, wanted.modality, (seed, number), view=view, sources=tuple(told))
         image = study.images[0].pixels if task == "report" else None
         given = self.model.joint.image.prepare(image, MODALITIES[domain].gray) if image is not None else None
         return Request(name, domain, (seed, number), image=given, report=study.report if task == "image" else None)

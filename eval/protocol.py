@@ -20,7 +20,7 @@ class DataOptions:
 
     Attributes:
         source: a reader of `medim prepare`: demo, mimic-cxr, pathgen, folder, manifest, ...
-        root: what it reads; on the command line: data.root=DIR.
+        root: what it reads; on the command line: data.root=DIR. A file .jsonl is read as a manifest in any case.
         options: of the reader, as `medim prepare SOURCE --help` has them.
         reports: how real reports are prepared.
     """
@@ -96,7 +96,8 @@ class Protocol:
     Attributes:
         split: which studies give the images and reports to start from.
         studies: studies a domain, and so samples a domain, task and seed; 0 takes all of the split.
-        translate: task `translate`: the view of the given image and of the wanted one.
+        translate: task `translate`: names of the given images, such as t1 or "ct soft", and last of the wanted one.
+            Studies that lack one of them are left out.
         text: metrics of reports, names of `medim.metrics.text.TEXT_METRICS`, rule_f1, or those of
             `medim.metrics.clinical`.
         image: metrics of sets of images: fid, kid, prdc, ms_ssim, inception_score.
@@ -113,7 +114,7 @@ class Protocol:
     split: Literal["train", "test", "validation"] = "test"
     studies: Annotated[int, Field(ge=0, le=1_000_000)] = 48
     tasks: tuple[TaskName, ...] = ("pair", "report", "image")
-    translate: tuple[str, str] = ("", "")
+    translate: tuple[str, ...] = ()
     text: tuple[str, ...] = ("bleu", "rouge_l", "distinct", "repetition", "length_ratio", "invented_prior")
     image: tuple[str, ...] = ("fid", "kid", "prdc", "ms_ssim")
     extractors: tuple[str, ...] = ("vq",)

@@ -18,6 +18,7 @@ from medim.data.sources import SOURCES
 from medim.data.sources.base import read_text
 from medim.data.studies import Image, Skipped, Study
 from medim.errors import UserError
+from medim.given import read_name
 from medim.vocabulary import MODALITIES
 
 PICTURES = (".png", ".jpg", ".jpeg")
@@ -42,6 +43,8 @@ def read_studies(protocol: Protocol, split: str, count: int) -> dict[str, list[S
         lacking = [domain for domain in protocol.domains if domain not in embedded.DOMAINS]
         if lacking:
             raise UserError(f"domains: the embedded data have no {lacking[0]}, only {', '.join(embedded.DOMAINS)}")
+        if "translate" in protocol.tasks:
+            raise UserError("tasks: translate: the embedded studies have one image each; name another data.source")
         if count < 1:
             raise UserError("studies: 0: the embedded studies are endless; say how many")
         return {d: [embedded.DOMAINS[d](STUDY_SEED, i, split) for i in range(count)] for d in protocol.domains}
@@ -73,6 +76,8 @@ def _archive(protocol: Protocol) -> Iterator[Study]:
         )
     if not Path(data.root).exists():
         raise UserError(f"data.root: {data.root}: no such file or folder")
+    if Path(data.root).is_file() and Path(data.root).suffix == ".jsonl":  # whatever the protocol reads by itself
+        data = replace(data, source="manifest", options=data.options if data.source == "manifest" else None)
     source = SOURCES[data.source]
     options: Any = load(None, _dotted(data.options or {}), source.options)
     for one in source.read(Path(data.root), options):
@@ -80,8 +85,30 @@ def _archive(protocol: Protocol) -> Iterator[Study]:
         if isinstance(study, Skipped) or not study.images:
             continue
         report = prepare_report(study.report, data.reports)
-        if report or protocol.tasks == ("translate",):
+        if protocol.tasks == ("translate",):
+            images = translation(study, protocol.translate)
+            if images:
+                yield replace(study, report=report, images=images)
+        elif report:
             yield replace(study, report=report)
+
+
+def translation(study: Study, names: Sequence[str]) -> tuple[Image, ...]:
+    """The images of a study that are given, and last the one that is wanted; none if it lacks one.
+
+    Without names, or where a study of two images tells no views, they are taken as they come.
+    """
+    if not names or (len(study.images) == len(names) and not any(one.view for one in study.images)):
+        return study.images if len(study.images) > 1 else ()
+    found = []
+    for name in names:
+        modality, view = read_name(name, "")
+        wanted = {word.lower() for word in view.split()}
+        fit = (
+            one for one in study.images if modality in ("", one.modality) and wanted <= set(one.view.lower().split())
+        )
+        found.append(next(fit, None))
+    return tuple(one for one in found if one is not None) if None not in found else ()
 
 
 def references(folder: Path, domain: str, split: str = "test") -> list[Study]:

@@ -130,12 +130,30 @@ def contact_sheet(samples: Sequence[Sample], columns: int = 4) -> PIL.Image.Imag
     return sheet
 
 
+def tiles(pictures: Sequence[tuple[str, PIL.Image.Image]], columns: int = 5) -> PIL.Image.Image:
+    """Pictures with a name beneath each."""
+    columns = max(1, min(columns, len(pictures)))
+    size = (columns * (TILE + MARGIN) + MARGIN, -(-len(pictures) // columns) * (TILE + MARGIN + LINE) + MARGIN)
+    sheet = PIL.Image.new("RGB", size, PAPER)
+    draw, font = PIL.ImageDraw.Draw(sheet), PIL.ImageFont.load_default(11)
+    for number, (name, picture) in enumerate(pictures):
+        left, top = MARGIN + number % columns * (TILE + MARGIN), MARGIN + number // columns * (TILE + MARGIN + LINE)
+        sheet.paste(picture.convert("RGB").resize((TILE, TILE), PIL.Image.Resampling.LANCZOS), (left, top))
+        draw.text((left, top + TILE + 2), name, fill=INK, font=font)
+    return sheet
+
+
 def _draw_picture(sheet: PIL.Image.Image, draw: PIL.ImageDraw.ImageDraw, sample: Sample, left: int, top: int) -> None:
     """The picture, with an outline of what of it was given."""
     if sample.picture is None:
         draw.rectangle((left, top, left + TILE - 1, top + TILE - 1), outline="#c9c9c6")
         return
     sheet.paste(sample.picture.convert("RGB").resize((TILE, TILE), PIL.Image.Resampling.LANCZOS), (left, top))
+    for number, (_, source) in enumerate(sample.sources[:3]):  # of a translation, small, in a corner of their own
+        small = source.convert("RGB").resize((TILE // 4, TILE // 4), PIL.Image.Resampling.LANCZOS)
+        at = (left + 4 + number * (TILE // 4 + 4), top + 4)
+        sheet.paste(small, at)
+        draw.rectangle((at[0] - 1, at[1] - 1, at[0] + TILE // 4, at[1] + TILE // 4), outline=BLUE)
     kept = (sample.given_codes >= 0) & ~sample.regenerated
     if kept.all():
         draw.rectangle((left - 2, top - 2, left + TILE + 1, top + TILE + 1), outline=BLUE, width=2)

@@ -357,8 +357,6 @@ def check(task: Task, request: Request) -> None:
     for image in (request.image, *(one.pixels for one in request.sources)):
         if isinstance(image, Path) and not image.is_file():
             raise UserError(f"image {image}: no such file")
-    if task == "translate":
-        _check_sources(request)
 
 
 def _check_sources(request: Request) -> None:
@@ -514,6 +512,8 @@ class Reader:
                     known = ", ".join(self.views or MODALITIES)
                     raise UserError(f"unknown modality {modality!r}: the model knows {known}")
                 check_view(modality, view, self.joint.vocabulary, self.views.get(modality))
+            if task == "translate":
+                _check_sources(request)
             longest = self._longest(task, request, template)
         except UserError as error:
             raise UserError(f"{request.where}{error}") from error
@@ -559,7 +559,8 @@ class Reader:
             codes = self.joint.image_codes(Image(request.domain, prepared)).cpu().numpy()
             picture = prepared.convert("L") if gray else prepared
         template = rule.template(request)
-        view = request.view.lower() or ("" if picture is not None else self._drawn_view(request))
+        told = " ".join(MODALITIES[request.domain].words(request.view))
+        view = told or ("" if picture is not None else self._drawn_view(request))
         shown = np.where(regenerate, -1, codes).ravel()
         ids = np.where(shown < 0, self.joint.vocabulary.mask, shown + self.joint.vocabulary.image[0]).tolist()
         image, given = Segment("image", request.domain, ids, view), []

@@ -21,7 +21,7 @@ from medim.alignment import barlow_twins, info_nce
 from medim.canvas import ROLES, Canvas
 from medim.config import options
 from medim.diffusion import Schedule, ScheduleName, Weighting, loss_weight
-from medim.model.medim import ConditionAttention, Scored
+from medim.model.medim import ConditionAttention, Pooled, Scored
 from medim.vocabulary import KINDS
 
 T_BINS = 10
@@ -217,9 +217,9 @@ def loss(model: nn.Module, batch: Batch, o: ObjectiveOptions) -> Loss:
     network: Any = model.module if hasattr(model, "module") else model  # DDP's wrapper runs, the inner one knows
     score = Scored(torch.cat(batch.rows), torch.cat(batch.targets), tuple(map(len, batch.rows)))
     told = network.attention(canvas, batch.given) | network.gating(canvas, tagged.gather(1, level))
-    alone = [] if batch.align is None else [(batch.align.images, "image"), (batch.align.others, "text")]
+    alone = [] if batch.align is None else [Pooled(batch.align.images, "image"), Pooled(batch.align.others, "text")]
     if batch.invariance is not None:
-        alone += [(batch.invariance.images, "invariant"), (batch.invariance.others, "invariant")]
+        alone += [Pooled(batch.invariance.images, "invariant"), Pooled(batch.invariance.others, "invariant")]
     every = model(canvas.ids, tagged, level, score=score, **told, **({"alone": alone} if alone else {}))
     beside, parts = torch.zeros((), device=canvas.ids.device), torch.zeros(len(BESIDE), device=canvas.ids.device)
     if alone:

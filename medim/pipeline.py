@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from medim.canvas import ROLES, Canvas
 from medim.data.studies import Image, Study
 from medim.diffusion import Denoiser, groups_of, token_nll
+from medim.embedding import Embeddings
 from medim.errors import UserError
 from medim.given import TASKS, Draft, Given, Reader, Request, Slots, Task, Views
 from medim.likelihood import NLL, Fit, Ranking, Scorer
@@ -292,11 +293,12 @@ class MeDiM:
         side = self.joint.image.config.resolution
         ranks = torch.nn.functional.pad(halton_order(*self.joint.image.grid(side, side)), (1, 0), value=-1)
         ids, scales, drifts = canvas.ids, [0.0], []
-        for condition, plans in self._phases(canvas, generate, sampling):
+        for whole, plans in self._phases(canvas, generate, sampling):
             where = torch.stack([w for _, w in plans]).any(0)
-            if condition is None or not bool((condition & (ids != mask)).any()):
+            if whole is None or not bool((whole & (ids != mask)).any()):
                 # nothing is known that the other branch could be without
                 plans = [(replace(plan, guidance=0.0), w) for plan, w in plans]
+            condition = self._weighted(batch, canvas, whole, sampling)
             for plan, w in plans:
                 positions = int(w.sum(1).max())
                 if note is not None and plan.steps is not None and plan.capped(positions) < plan.steps:
@@ -349,6 +351,28 @@ class MeDiM:
         for role in made if sampling.order == "report-first" else made[::-1]:
             now = where[role] & generate
             yield canvas.outside(now) & (canvas.segment >= 0), [(plans[role], now)]
+
+    def _weighted(
+        self, batch: Sequence[Given], canvas: Canvas, whole: Bool[Tensor, "B L"] | None, sampling: Sampling
+    ) -> Bool[Tensor, "B L"] | list[tuple[Bool[Tensor, "B L"], float]] | None:
+        """What guidance's other branches do not see, by the names that have weights of their own."""
+        if whole is None or not sampling.weights:
+            return whole
+        names = [
+            [{ROLES[r], m, *v.lower().split()} for r, m, v in zip(row.roles, row.modalities, row.views, strict=True)]
+            for row in (given.draft.row for given in batch)
+        ]
+        rest = whole
+        parts: list[tuple[Tensor, float]] = []
+        for name, weight in sampling.weights.items():
+            picked = torch.zeros_like(canvas.role, dtype=torch.bool)
+            for b, segments in enumerate(names):
+                for number, words in enumerate(segments):
+                    picked[b, number] = set(name.lower().split()) <= words
+            here = rest & picked.gather(1, canvas.segment.clamp(min=0))
+            parts.append((here, float(weight)))
+            rest = rest & ~here
+        return [part for part in (*parts, (rest, 1.0)) if bool(part[0].any())]
 
     @torch.no_grad()
     def _bounds(self, drafts: Sequence[Draft], stream: tuple[int, ...]) -> list[float]:
@@ -430,6 +454,31 @@ class MeDiM:
             UserError: a study without exactly one image of a known domain, or without a report that fits its slot.
         """
         return self._scorer(n_times, seed, batch_size, progress).nll(studies, roles)
+
+    def embed(
+        self,
+        images: Sequence[PIL.Image.Image | str | Path | Pixels] = (),
+        reports: Sequence[str] = (),
+        domain: str | None = None,
+        batch_size: int = 32,
+    ) -> Float[Tensor, "N E"]:
+        """Embeddings of length 1 of images, then of reports: the likeness of two is their product.
+
+        Args:
+            domain: of the images.
+
+        Raises:
+            UserError: a model without embeddings, an unknown domain, an image that cannot be read, an empty report.
+        """
+        domain = domain or self.domains[0]
+        if domain not in self.domains:
+            raise UserError(f"unknown domain {domain!r}: {self.name} knows {', '.join(self.domains)}")
+        made = [Image(domain, Path(one) if isinstance(one, str) else one) for one in images]
+        return self.embeddings(batch_size).of(made, reports)
+
+    def embeddings(self, batch_size: int = 32) -> Embeddings:
+        """What makes embeddings; raises UserError for a model without any."""
+        return Embeddings(self.model, self.joint, self.name, batch_size)
 
     def fit(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -32,10 +33,10 @@ from medim.training.folders import STATE_NAME
 from medim.training.loop import TrainOptions
 from medim.training.report import LogOptions
 from medim.training.sizes import EstimateOptions
-from medim.training.task import DiffusionTask, Rows, Shown, Slots
+from medim.training.task import DiffusionTask, Rows, Shown, Slots, Stage
 from medim.training.validation import Validation, ValidationOptions
 from medim.training.weights import Source, Stored, skeleton
-from medim.vocabulary import MODALITIES
+from medim.vocabulary import MODALITIES, all_views
 
 
 @options
@@ -74,6 +75,22 @@ class DataOptions:
 
 
 @options
+class StageOptions:
+    """A part of a run in which only some of the data are shown (multi-flow training, MedM2G section 3.4).
+
+    Attributes:
+        until: where it ends, as a share of the run.
+        show: words of what is shown of a study: text, modalities, words of views. None: all. A study that has none of
+            it is shown whole.
+        weights: of the datasets of a mixture, in this stage; 0 leaves one out. None: as in `data`.
+    """
+
+    until: Annotated[float, Field(gt=0, le=1)]
+    show: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()
+
+
+@options
 class TrainConfig:
     """A run.
 
@@ -83,6 +100,7 @@ class TrainConfig:
             `model`.
         seed: of the weights, the data order, the noise levels and the masks.
         lora: adapters over `init` instead of all its weights; the run's models are then folders of adapters.
+        stages: in their order; none: all data from the first step on. After the last one all data are shown.
         estimate: sizes for `medim estimate` where tokenizers and data are elsewhere; training does not read it.
     """
 
@@ -95,6 +113,7 @@ class TrainConfig:
     slot: SlotOptions = SlotOptions()
     model: ModelOptions = ModelOptions()
     objective: ObjectiveOptions = ObjectiveOptions()
+    stages: tuple[StageOptions, ...] = ()
     train: TrainOptions = TrainOptions()
     lora: LoraOptions = LoraOptions()
     log: LogOptions = LogOptions()
@@ -172,7 +191,30 @@ def make_task(config: TrainConfig) -> DiffusionTask:
         stored,
         _validation(config, joint, folders) if config.validation.every else None,
         partial(_draw, joint=joint, sampling=sampling) if config.log.pictures else None,
+        _stages(config, sizes, order),
     )
+
+
+def _stages(config: TrainConfig, sizes: Sequence[int], order: Order) -> tuple[Stage, ...]:
+    """The stages of a run.
+
+    Raises:
+        UserError: they do not follow each other, or say what no data have.
+    """
+    known = {"text", *MODALITIES, *all_views()}
+    made: list[Stage] = []
+    for number, one in enumerate(config.stages):
+        where, until = f"stages.{number}", round(one.until * config.train.steps)
+        if until <= (made[-1].until if made else 0):
+            raise UserError(f"{where}.until={one.until:g}: ends no later than the stage before it")
+        unknown = [word for word in one.show if word not in known]
+        if unknown:
+            raise UserError(f"{where}.show: unknown {unknown[0]!r}; one of {', '.join(sorted(known))}")
+        if one.weights and (len(one.weights) != len(sizes) or min(one.weights) < 0 or not sum(one.weights)):
+            raise UserError(f"{where}.weights: one number from 0 on for each of the {len(sizes)} datasets, one above 0")
+        parts = tuple(weight / sum(one.weights) for weight in one.weights)
+        made.append(Stage(until, one.show, replace(order, shares=parts) if parts else order))
+    return tuple(made)
 
 
 def _validation(config: TrainConfig, joint: JointTokenizer, folders: Sequence[str]) -> Validation:

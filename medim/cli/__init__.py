@@ -17,6 +17,7 @@ from medim.cli.preparation import prepare
 from medim.cli.publishing import push
 from medim.cli.sampling import sample
 from medim.cli.scoring import score
+from medim.cli.search import search
 from medim.cli.start import init
 from medim.cli.tokenizers import tokenizer, train_vq
 from medim.cli.training import export, train
@@ -35,6 +36,7 @@ __all__ = [
     "run",
     "sample",
     "score",
+    "search",
     "tokenizer",
     "train",
     "train_vq",
@@ -72,6 +74,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "prepare": (prepare, "encode studies once, before training"),
     "inspect": (inspect, "what is in a prepared dataset, and what is wrong with it"),
     "score": (score, "bits that a model needs for each study; which report fits"),
+    "search": (search, "studies by a text or a picture"),
     "merge": (merge, "adapters into the model that they were trained over"),
     "push": (push, "a model to the HuggingFace hub, with its card"),
     "tokenizer": (tokenizer, "check an image tokenizer, ours or a published one"),

@@ -6,6 +6,7 @@ import argparse
 import itertools
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,8 @@ def sample(argv: Sequence[str]) -> int:
     model = MeDiM.from_pretrained(args.model, pick_device(args.device), args.base)
     start = Sampling.read(args.sampling) if args.sampling else model.sampling
     sampling = start.override(args.plan, args.steps, args.guidance, args.temperature, args.order, args.cache_refresh)
+    if args.guide:
+        sampling = replace(sampling, weights=_weights(args.guide))
     requests = _requests(args, model.domains)
     refuse_used(args.out)
     notes: list[str] = []
@@ -122,6 +125,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     how.add_argument("--steps", type=int, help="forward passes at most, a segment")
     how.add_argument("--guidance", type=float, help="classifier-free guidance scale; 0 is off")
+    how.add_argument("--guide", action="append", default=[], metavar="NAME=W",
+                     help="how strongly guidance heeds one given segment: report=0.5, t1=2; several times")  # fmt: skip
     how.add_argument("--temperature", type=float, help="1 samples, 0 takes the most probable")
     how.add_argument("--order", choices=("report-first", "image-first", "together"), help="how image and report follow")
     how.add_argument(
@@ -186,6 +191,20 @@ def _requests(args: argparse.Namespace, known: Sequence[str]) -> list[Any]:
     return requests
 
 
+def _weights(given: Sequence[str]) -> dict[str, float]:
+    """``NAME=W`` of --guide."""
+    found = {}
+    for one in given:
+        name, _, weight = one.partition("=")
+        try:
+            found[name.strip()] = float(weight)
+        except ValueError:
+            raise UserError(f"--guide {one}: give NAME=W, such as report=0.5") from None
+        if not 0 <= found[name.strip()] < float("inf"):
+            raise UserError(f"--guide {one}: a weight from 0 on")
+    return found
+
+
 def _flags(args: argparse.Namespace, flags: dict[str, Any]) -> dict[str, Any]:
     """The flags of what is given as a line of --input would have it."""
     line = dict(flags)
@@ -199,8 +218,6 @@ def _flags(args: argparse.Namespace, flags: dict[str, Any]) -> dict[str, Any]:
 
 def _told(line: dict[str, Any], listing: str | None, domain: str, view: str, task: str) -> tuple[str, dict[str, Any]]:
     """Domain and fields of a `Request` from what a user wrote."""
-    from dataclasses import replace
-
     from medim.given import completed, read_name, read_source
 
     if task != "translate":

@@ -151,7 +151,7 @@ class Scored(NamedTuple):
     sizes: tuple[int, ...]
 
 
-class Alone(NamedTuple):
+class Pooled(NamedTuple):
     """Rows of one segment each, and which map their embeddings are made by: a kind, or ``invariant``."""
 
     canvas: Canvas
@@ -299,7 +299,7 @@ class MeDiMModel(PreTrainedModel):
         past_key_values: Cache | None = None,
         score: Scored | None = None,
         gated: Gated | None = None,
-        alone: Sequence[Alone] | None = None,
+        alone: Sequence[Pooled] | None = None,
         **kernel: Any,
     ) -> Any:
         """Hidden states after the last norm, [B, Q, D]; `head` makes logits of them. With `score`, cross-entropies [N].

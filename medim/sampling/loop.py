@@ -43,7 +43,7 @@ def sample(
     *,
     mask_id: int,
     generator: Generators,
-    condition: Bool[Tensor, "B L"] | None = None,
+    condition: Bool[Tensor, "B L"] | Sequence[tuple[Bool[Tensor, "B L"], float]] | None = None,
     order: Int[Tensor, "B L"] | None = None,
     schedule: Schedule = LINEAR,
     cost: Cost | None = None,
@@ -58,7 +58,9 @@ def sample(
             many as the longest needs, each told its own noise level.
         generator: one for all rows, or one a row: then a row's result does not depend on the rows beside it. A row
             takes one number from it, whatever the plan.
-        condition: positions that the unconditional branch of guidance sees masked (t=1); needed if `plan.guidance`.
+        condition: positions that the other branch of guidance sees masked (t=1); needed if `plan.guidance`. Or several,
+            each with its weight k and a branch of its own: log p = log p(x|c) + w sum_s k_s (log p(x|c) - log p(x|c
+            without s)), normalised, so that each given segment is heeded as strongly as is wanted.
         order: rank of each position for ``halton``, -1 where it has none; see `halton_order`.
         schedule: the denoiser's own, that of its training: translates shares of masked positions into its noise levels.
         cost: is added to.
@@ -84,7 +86,8 @@ def sample(
     ]
     passes = max(part.walk.steps for part in parts)
     two_branches = [any(flags) for flags in zip(*(part.guided(passes) for part in parts), strict=True)]
-    forward = _branches(denoiser, generate, groups, condition if any(two_branches) else None, mask_id)
+    parted = [(condition, 1.0)] if isinstance(condition, Tensor) else list(condition or ())
+    forward = _branches(denoiser, generate, groups, parted if any(two_branches) else [], mask_id)
     finished = None if all(part.plan.fixed for part in parts) else _Finished()
     least = max(part.walk.steps if part.plan.remask else 1 for part in parts)  # nothing masked now may be masked again
     row_passes, k = torch.zeros_like(seeds), 0
@@ -103,7 +106,7 @@ def sample(
             break
     if cost is not None:
         cost.forward_passes += k + 1
-        cost.active_tokens += (k + 1 + sum(two_branches[: k + 1])) * ids.numel()
+        cost.active_tokens += (k + 1 + len(parted) * sum(two_branches[: k + 1])) * ids.numel()
         before = cost.row_passes or [0] * len(row_passes)
         cost.row_passes = [a + b for a, b in zip(before, row_passes.tolist(), strict=True)]
     return ids
@@ -124,19 +127,35 @@ LogP = list[tuple[Float[Tensor, "_ _"], Float[Tensor, "_ _"] | None]]
 
 
 def _branches(
-    denoiser: Denoiser, generate: Bool[Tensor, "B L"], groups: list[Group], condition: Tensor | None, mask_id: int
+    denoiser: Denoiser,
+    generate: Bool[Tensor, "B L"],
+    groups: list[Group],
+    conditions: Sequence[tuple[Tensor, float]],
+    mask_id: int,
 ) -> Callable[[Tensor, Tensor, bool], LogP]:
-    """The forward pass: (ids, t, both branches?) -> log p(x|c) of each group, and log p(x) of the same batched pass."""
-    if condition is not None:
-        doubled = groups_of(denoiser, torch.cat([generate, generate]))
+    """The forward pass: (ids, t, all branches?) -> log p(x|c) of each group, and what guidance turns away from: the
+    weighted log p(x|c without a condition) of the same batched pass, log p(x|c) itself for the weight that is left."""
+    copies = 1 + len(conditions)
+    if conditions:
+        repeated = groups_of(denoiser, torch.cat([generate] * copies))
 
-    def forward(ids: Tensor, t: Tensor, both: bool) -> LogP:
-        if condition is None or not both:
+    def forward(ids: Tensor, t: Tensor, every: bool) -> LogP:
+        if not conditions or not every:
             return [(part, None) for part in predict(denoiser, ids, t, groups, mask_id=mask_id)]
-        two = torch.cat([ids, torch.where(condition, mask_id, ids)])
-        times = torch.cat([t, torch.where(condition, 1.0, t)])
-        halves = (part.chunk(2) for part in predict(denoiser, two, times, doubled, mask_id=mask_id))
-        return [(with_c, without) for with_c, without in halves]
+        many = torch.cat([ids, *(torch.where(where, mask_id, ids) for where, _ in conditions)])
+        times = torch.cat([t, *(torch.where(where, 1.0, t) for where, _ in conditions)])
+        parts: LogP = []
+        for part in predict(denoiser, many, times, repeated, mask_id=mask_id):
+            with_c, *others = part.chunk(copies)
+            if len(others) == 1 and conditions[0][1] == 1:
+                parts.append((with_c, others[0]))
+                continue
+            finite = with_c.clamp(min=-1e4)
+            turned = sum(
+                (k * (one.clamp(min=-1e4) - finite) for one, (_, k) in zip(others, conditions, strict=True)), finite
+            )
+            parts.append((with_c, turned))
+        return parts
 
     return forward
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -89,21 +89,21 @@ class Plan:
         _known("guidance schedule", self.guidance_schedule, get_args(GuidanceSchedule))
         if self.remask is not None:
             _known("remasking", self.remask, get_args(Remask))
-        for field, unit in (("steps", "step"), ("top_k", "value"), ("block", "position"), ("patience", "pass")):
-            value = getattr(self, field)
+        for name, unit in (("steps", "step"), ("top_k", "value"), ("block", "position"), ("patience", "pass")):
+            value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{field}={value}: a plan needs at least one {unit}")
-        for field in ("temperature", "choice_temperature", "gamma", "guidance"):
-            if getattr(self, field) < 0:
-                raise ValueError(f"{field}={getattr(self, field)}: must not be negative")
+                raise ValueError(f"{name}={value}: a plan needs at least one {unit}")
+        for name in ("temperature", "choice_temperature", "gamma", "guidance"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must not be negative")
         if self.temperature_end is not None and not 0 <= self.temperature_end <= self.temperature:
             raise ValueError(f"temperature_end={self.temperature_end}: between 0 and temperature={self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p}: above 0 and at most 1")
-        for field in ("tau", "patience_confidence", "guidance_from", "remask_eta", "remask_hold"):
-            value = getattr(self, field)
+        for name in ("tau", "patience_confidence", "guidance_from", "remask_eta", "remask_hold"):
+            value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
-                raise ValueError(f"{field}={value}: between 0 and 1")
+                raise ValueError(f"{name}={value}: between 0 and 1")
         if not 0 <= self.remask_to <= self.remask_from <= 1:
             raise ValueError(f"remask_from={self.remask_from}, remask_to={self.remask_to}: 1 >= from >= to >= 0")
         if self.remask is None:
@@ -155,14 +155,20 @@ class Sampling:
         order: ``together`` walks both segments in the same forward passes, each by its own plan, without guidance.
         refresh: with ``condition_attention: full``, what is given is computed in every so many-th pass only: faster, an
             approximation whose drift is told. 1 is exact. With ``prefix`` it is computed once anyway, exactly.
+        weights: how strongly guidance heeds given segments, by name: report, image, a modality, words of a view. Those
+            without one share the weight 1. Each name costs a branch more in every guided pass.
     """
 
     report: Plan = Plan("ancestral", steps=16)
     image: Plan = Plan("confidence", steps=16, schedule="cosine")
     order: Order = "report-first"
     refresh: int = 1
+    weights: dict[str, float | int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name, weight in self.weights.items():
+            if not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
+                raise ValueError(f"weights: {name}={weight}: a number from 0 on")
         if self.order not in get_args(Order):
             raise ValueError(f"unknown order {self.order!r}: one of {', '.join(get_args(Order))}")
         if self.refresh < 1:
@@ -205,7 +211,13 @@ class Sampling:
         changes: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
         try:
             report, image = replace(self.report, **changes), replace(self.image, **changes)
-            return Sampling(report, image, order or self.order, self.refresh if refresh is None else refresh)
+            return replace(
+                self,
+                report=report,
+                image=image,
+                order=order or self.order,
+                refresh=self.refresh if refresh is None else refresh,
+            )
         except ValueError as error:
             raise UserError(str(error)) from error
 

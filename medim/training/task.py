@@ -62,19 +62,26 @@ class Rows:
     ) -> None:
         self.joint, self.data, self.shown, self.fits = joint, list(data), shown or Shown(), fits
 
-    def row(self, source: int, index: int, turn: int = 0, rng: np.random.Generator | None = None) -> Row:
+    def row(
+        self, source: int, index: int, turn: int = 0, rng: np.random.Generator | None = None, show: Sequence[str] = ()
+    ) -> Row:
         """One study as a row; of more images than fit, those from number `turn` on, in the order of the views' table.
 
-        `rng` draws what is left out (`Shown`); without it, nothing is.
+        `rng` draws what is left out (`Shown`); without it, nothing is. `show` has words of what may be shown at all:
+        text, modalities, words of views; none: all.
         """
         record, o = self.data[source][index], self.shown
-        kept = list(record["images"])
+        kept, report = list(record["images"]), bool(record["report"])
+        if show:
+            some = [one for one in kept if {str(one["modality"]), *str(one["view"]).lower().split()} & set(show)]
+            told = report and "text" in show
+            kept, report = (some, told) if some or told else (kept, report)
         if len(kept) > o.images:
             first = turn % len(kept)
             kept = [*kept[first:], *kept[:first]][: o.images]
         if len(kept) > 1:
             kept.sort(key=lambda one: view_order(str(one["modality"]), str(one["view"])))
-        views, report = [str(one["view"]) for one in kept], bool(record["report"])
+        views = [str(one["view"]) for one in kept]
         if rng is not None:
             kept, report = self._present(kept, report, rng)
             views = self._told([str(one["view"]) for one in kept], [str(one["modality"]) for one in kept], rng)
@@ -169,6 +176,21 @@ class Rows:
         )
 
 
+@dataclass(frozen=True)
+class Stage:
+    """A part of a run.
+
+    Attributes:
+        until: the first step after it.
+        show: what of a study is shown; none: all (`Rows.row`).
+        order: of the studies.
+    """
+
+    until: int
+    show: tuple[str, ...]
+    order: Order
+
+
 class DiffusionTask:
     """Masked diffusion over prepared studies."""
 
@@ -185,6 +207,7 @@ class DiffusionTask:
         stored: Source | None = None,
         validation: Validation | None = None,
         draw: Callable[[MeDiMModel, Slots], PIL.Image.Image] | None = None,
+        stages: Sequence[Stage] = (),
     ) -> None:
         """`model` may be a skeleton, whose weights are in `stored`, or are drawn if that is None.
 
@@ -195,11 +218,15 @@ class DiffusionTask:
         """
         self.model, self.rows, self.order, self.objective = model, rows, order, objective
         self.batch_size, self.seed, self.write, self.pack, self.stored = batch_size, seed, write, pack, stored
-        self.validation, self._draw = validation, draw
+        self.validation, self._draw, self.stages = validation, draw, tuple(stages)
+
+    def stage(self, step: int) -> Stage:
+        """The stage of a step; after the last, all data."""
+        return next((one for one in self.stages if step < one.until), Stage(step + 1, (), self.order))
 
     def batches(self, step: int, rank: int, world: int, parts: int) -> list[Batch]:
         """This process's share of a step in `parts`: a pure function of (seed, step)."""
-        chosen = self.order.batch(step, self.batch_size)
+        chosen = self.stage(step).order.batch(step, self.batch_size)
         mine = np.arange(self.batch_size)[share(self.batch_size, rank, world)]
         return [self._batch(step, chosen, places) for places in np.array_split(mine, parts)]
 
@@ -207,7 +234,8 @@ class DiffusionTask:
         first, (sources, studies) = step * self.batch_size, chosen
         picked, rows = [(int(sources[place]), int(studies[place])) for place in places], []
         for place, one in zip(map(int, places), picked, strict=True):
-            rows.append(self.rows.row(*one, first + place, np.random.default_rng([self.seed, 3, step, place])))
+            rng = np.random.default_rng([self.seed, 3, step, place])
+            rows.append(self.rows.row(*one, first + place, rng, self.stage(step).show))
         joint = self.rows.joint
         fill, mask_id = joint.vocabulary.eos, joint.vocabulary.mask
         canvas = Canvas.pack(rows, fill, self.pack) if self.pack else Canvas.collate(rows, fill)
@@ -234,7 +262,7 @@ class DiffusionTask:
 
     def studies(self, step: int) -> list[str]:
         """Ids of the studies of a step."""
-        sources, studies = self.order.batch(step, self.batch_size)
+        sources, studies = self.stage(step).order.batch(step, self.batch_size)
         return [str(self.rows.data[s][int(i)]["id"]) for s, i in zip(sources, studies, strict=True)]
 
     def work(self, batch: Batch) -> Work:

@@ -66,7 +66,7 @@ def test_a_wrong_value_in_a_protocol(capsys, tmp_path, protocol):
     assert "'report'" in said(capsys, protocol, "--model", "demo", "--out", tmp_path / "out")
     for line, words in (
         ("domains: [xray, mri]", "was not trained on mri; it knows xray, pathology"),
-        ("tasks: [translate]", "do not translate"),
+        ("tasks: [translate]", "have one image each"),
         ("seeds: []", "give one at least"),
         ("data: {source: pathgen}", "add data.root=DIR to the command"),
         ("data: {source: pathgn, root: .}", "one of demo"),

@@ -113,7 +113,7 @@ def test_new_rows_stand_after_those_of_the_backbone(tmp_path: Path) -> None:
     model = MeDiMModel.from_backbone(folder, vocabulary, adaln_dim=16)
     assert torch.equal(model.get_input_embeddings().weight[:TEXT], old) and vocabulary.image == (TEXT, TEXT + 8)
     with pytest.raises(ValueError, match="rows are never cut"):
-        MeDiMModel.from_backbone(folder, Vocabulary.build(text_size=8, eos=0, codebook_size=2))
+        MeDiMModel.from_backbone(folder, Vocabulary.build(text_size=8, eos=0, codebook_size=2, views=()))
 
 
 def test_the_noise_level_matters_only_once_adaln_has_weights(tiny_network: MeDiMModel, canvas: Canvas) -> None:
