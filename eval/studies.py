@@ -87,6 +87,8 @@ def _archive(protocol: Protocol) -> Iterator[Study]:
         report = prepare_report(study.report, data.reports)
         if protocol.tasks == ("translate",):
             images = translation(study, protocol.translate)
+            if not images and data.source == "manifest" and len(study.images) == max(2, len(protocol.translate)):
+                images = study.images  # a listing may order them instead
             if images:
                 yield replace(study, report=report, images=images)
         elif report:
@@ -96,9 +98,9 @@ def _archive(protocol: Protocol) -> Iterator[Study]:
 def translation(study: Study, names: Sequence[str]) -> tuple[Image, ...]:
     """The images of a study that are given, and last the one that is wanted; none if it lacks one.
 
-    Without names, or where a study of two images tells no views, they are taken as they come.
+    Without names they are taken as they come.
     """
-    if not names or (len(study.images) == len(names) and not any(one.view for one in study.images)):
+    if not names:
         return study.images if len(study.images) > 1 else ()
     found = []
     for name in names:
