@@ -166,6 +166,8 @@ def make_task(config: TrainConfig) -> DiffusionTask:
         )
     model.config.condition_dropout, model.config.condition_attention = config.objective.condition_dropout, attention
     model.config.absent = config.data.absent
+    if config.model.rows == "codebook" and stored is None:
+        model.codebook = joint.image.codebook.detach()
     if config.lora.rank:
         add_lora(model, config.lora, config.seed, config.init or "", _adapted_base(config.init or ""))
     write = partial(save_parts, joint=joint, sampling=sampling)

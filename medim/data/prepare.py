@@ -188,7 +188,7 @@ def _claim(out: Path, how: Encoding, source: str, options: dict[str, Any]) -> No
         "image_tokenizer": codebook_hash(how.tokenizer),
         "text_tokenizer": text_hash(how.text),
         "shard_size": how.shard_size,
-        **({"views": how.views} if how.views > 1 else {}),
+        "views": how.views if how.views > 1 else None,
     }
     card = out / "prepare.json"
     if card.is_file():
@@ -207,7 +207,8 @@ def _claim(out: Path, how: Encoding, source: str, options: dict[str, Any]) -> No
                 if not (out / f"{name}_tokenizer").is_dir():
                     raise
                 shutil.rmtree(aside)  # another process was first
-        _write(card, json.dumps(wanted, indent=1).encode())
+        said = {key: value for key, value in wanted.items() if value is not None}
+        _write(card, json.dumps(said, indent=1).encode())
 
 
 def _check_card(found: dict[str, Any], wanted: dict[str, Any], out: Path) -> None:

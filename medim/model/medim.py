@@ -27,10 +27,12 @@ from medim.model.adaln import AdaLN, TimeEmbedding, TimeOptions
 from medim.model.attention import attention_of, hidden_keys, key_mask, within
 from medim.model.backbone import (
     BackboneOptions,
+    NewRows,
     config_from_options,
     decoder_layers,
     grow_vocabulary,
     make_backbone,
+    projected_rows,
     window_of,
 )
 from medim.model.denoiser import BoundDenoiser
@@ -57,6 +59,8 @@ class ModelOptions:
         positions: what rotates keys and queries: the number of a position in its row, or one that the codes of all of a
             study's images at one place share (aligned). Aligned codes are told the tags of their image by a learnt
             vector, since nothing else tells them apart.
+        rows: rows of codes at the start: drawn as all others (moments), or the vectors of the image tokenizer's
+            codebook projected among them (codebook), so that codes that look alike start alike.
         embed: width of the embeddings of images and reports by themselves (`MeDiMModel.embed`); 0: there are none.
         gates: whether how strongly the segments of a study attend to each other is learnt, for each pair of modalities
             and by how noisy the one attended to is (`CrossGates`).
@@ -67,6 +71,7 @@ class ModelOptions:
     places: int = 0
     logits: Logits = "plain"
     positions: Positions = "row"
+    rows: NewRows = "moments"
     embed: Annotated[int, pydantic.Field(ge=0)] = 0
     gates: bool = False
 
@@ -196,6 +201,7 @@ class MeDiMModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     lora: Adapted | None = None  # what `medim.model.lora.add_lora` did to it
+    codebook: Float[Tensor, "K E"] | None = None  # whose vectors freshly drawn rows of codes are to have
 
     def __init__(self, config: MeDiMConfig) -> None:
         super().__init__(config)
@@ -267,6 +273,17 @@ class MeDiMModel(PreTrainedModel):
         known = model.backbone.state_dict().keys()
         model.backbone.load_state_dict({name: value for name, value in state.items() if name in known})
         return model
+
+    @torch.no_grad()
+    def drawn(self, unit: nn.Module, seed: int) -> None:
+        """Change what was drawn for a unit: the rows of codes, if `codebook` says so."""
+        tables = [self.backbone.get_input_embeddings(), self.backbone.get_output_embeddings()]
+        for number, table in enumerate(tables):
+            if self.codebook is not None and unit is table:
+                weight: Any = table.weight
+                start, stop = self.vocabulary.image
+                generator = torch.Generator().manual_seed(2 * seed + number)
+                weight[start:stop] = projected_rows(weight[:start], self.codebook, generator).to(weight)
 
     @property
     def schedule(self) -> Schedule:

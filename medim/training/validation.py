@@ -14,13 +14,13 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from medim.canvas import Canvas, Row
+from medim.canvas import ROLES, Canvas, Row
 from medim.config import options
 from medim.objective import Batch, Loss, ObjectiveOptions, Task, count, loss, make_batch
 from medim.vocabulary import KINDS
 
 NOISE = 20_251_006  # the seed of the noise
-TASKS: tuple[Task, ...] = ("pair", "report", "image")
+TASKS: tuple[Task, ...] = ("pair", "report", "image", "translate")
 
 
 @options
@@ -57,13 +57,14 @@ class Validation:
         self.rows, self.o, self.fill, self.mask_id = list(rows), o, fill, mask_id
         self.objective = objective
         by_modality = {name: [i for i, one in enumerate(modalities) if one == name] for name in sorted(set(modalities))}
-        self.chunks = [  # a task, a modality and places that share a forward pass
-            (task, modality, places[first : first + o.batch_size])
-            for task in TASKS
-            for modality, places in by_modality.items()
-            if task == "pair" or modality != "text"  # a report alone has no condition
-            for first in range(0, len(places), o.batch_size)
-        ]
+        self.chunks: list[tuple[Task, str, list[int]]] = []  # a task, a modality and places that share a forward pass
+        for task in TASKS:
+            for modality, places in by_modality.items():
+                if modality == "text" and task != "pair":  # a report alone has no condition
+                    continue
+                several = [place for place in places if self.rows[place].roles.count(ROLES.index("image")) > 1]
+                some = several if task == "translate" else places
+                self.chunks += [(task, modality, some[n : n + o.batch_size]) for n in range(0, len(some), o.batch_size)]
 
     def batch(self, task: Task, places: Sequence[int]) -> Batch:
         """Some studies with the noise that a task and their places give them."""

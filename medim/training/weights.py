@@ -138,6 +138,7 @@ def materialise(
         if new and fill:
             if stored is None:
                 draw(unit, owner, seed, name)
+                getattr(model, "drawn", lambda unit, seed: None)(unit, seed)
             else:
                 read |= _copy(model, stored, new, seed)
         for buffer_owner in unit.modules():

@@ -159,3 +159,67 @@ def test_options_are_checked() -> None:
         with pytest.raises(UserError, match=words):
             NiftiOptions(**given)  # type: ignore[arg-type]
     assert SOURCES["nifti"].read is read and SOURCES["nifti"].options is NiftiOptions
+
+
+def test_slabs_are_held_out_with_gaps(tmp_path: Path) -> None:
+    """Of 40 slices: a slab of 4 in the middle of each 20, by turns test and validation, 3 on both sides left out."""
+    write(tmp_path / "a" / "t1.nii.gz", range(0, 40), size=40)
+    studies, _ = listed(tmp_path, slabs=20, slab=4, gap=3, content=0)
+    split = {int(s.id[-3:]): s.split for s in studies}
+    assert [n for n in range(40) if n not in split] == [5, 6, 7, 12, 13, 14, 25, 26, 27, 32, 33, 34]
+    assert [n for n, s in split.items() if s == "test"] == [8, 9, 10, 11]
+    assert [n for n, s in split.items() if s == "validation"] == [28, 29, 30, 31]
+    mirrored, _ = listed(tmp_path, slabs=20, slab=4, gap=3, content=0, plane="sagittal")
+    split = {int(s.id[-3:]): s.split for s in mirrored}
+    assert all(split.get(n) == split.get(39 - n) for n in range(40)) and split[8] == split[31] == "test"
+    write(tmp_path / "b" / "t1.nii.gz")
+    both, _ = listed(tmp_path, held_out=("b",), plane="all")
+    assert {(s.patient_id, s.split) for s in both} == {("a", "train"), ("b", "test")}
+    assert {s.id.split("-")[1] for s in both} == {"axial", "coronal", "sagittal"}
+    with pytest.raises(UserError, match="held_out=c: no such subject; there are a, b"):
+        listed(tmp_path, held_out=("c",))
+    with pytest.raises(UserError, match="leaves none"):
+        NiftiOptions(slabs=8, slab=4, gap=2)
+
+
+def test_volumes_of_one_space_are_resampled_and_others_only_when_forced(tmp_path: Path) -> None:
+    def save(word: str, affine: np.ndarray, code: int, size: int) -> None:
+        values = np.zeros((size, size, size), np.float32)
+        values[size // 4 : -size // 4] = np.linspace(50, 150, size)
+        image = nibabel.Nifti1Image(values, affine)
+        image.set_sform(affine, code)
+        nibabel.save(image, tmp_path / f"s_{word}.nii.gz")
+
+    save("t1", np.eye(4), 4, 20)
+    save("t2", np.diag([2.0, 2.0, 2.0, 1.0]), 4, 10)
+    save("flair", np.diag([4.0, 4.0, 4.0, 1.0]), 2, 5)
+    studies, skipped = listed(tmp_path)
+    assert [i.view for i in studies[0].images] == ["t1 axial", "t2 axial"] and set(skipped) == {"s_flair.nii.gz"}
+    assert "take it as it lies with --resample force" in skipped["s_flair.nii.gz"]
+    pictures = [read_picture(image.pixels) for image in studies[8].images]
+    assert pictures[0].image.size == pictures[1].image.size == (20, 20) and pictures[1].window.endswith(", resampled")
+    assert [len(s.images) for s in listed(tmp_path, resample="force")[0][:1]] == [3]
+    assert [len(s.images) for s in listed(tmp_path, resample="no")[0][:1]] == [1]
+
+
+def test_an_atlas_tells_of_slices_that_have_no_text(tmp_path: Path) -> None:
+    write(tmp_path / "a_t1.nii.gz", range(0, 10))
+    write(tmp_path / "b_t1.nii.gz", range(0, 10))
+    (tmp_path / "b.txt").write_text("Its own.")
+    labels = np.full((10, 10, 10), 3, np.uint8)
+    folder = tmp_path / "atlas"
+    folder.mkdir()
+    nibabel.save(nibabel.Nifti1Image(labels, np.eye(4)), folder / "x_mask.nii")
+    (folder / "x_mask.nii.txt").write_text("3 Insula_L 1\n")
+    studies, skipped = listed(tmp_path, atlas=str(folder / "x_mask.nii"))
+    assert not skipped
+    assert {s.report for s in studies if s.patient_id == "a"} == {
+        f"Axial section, {third} third. Seen: left insula." for third in ("lower", "middle", "upper")
+    }
+    assert {s.report for s in studies if s.patient_id == "b"} == {"Its own."}
+    scan = nibabel.load(tmp_path / "a_t1.nii.gz")
+    scan.set_sform(np.eye(4), 1)
+    nibabel.save(scan, tmp_path / "a_t1.nii.gz")
+    studies, skipped = listed(tmp_path, atlas=str(folder / "x_mask.nii"))
+    assert "in its scanner's space" in skipped["a_t1.nii.gz"] and {s.patient_id for s in studies} == {"b"}
+    assert len({s.patient_id for s in listed(tmp_path, atlas=str(folder / "x_mask.nii"), resample="force")[0]}) == 2
