@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from medim.canvas import ROLES, Canvas
+from medim.alignment import barlow_twins, info_nce
+from medim.canvas import ROLES, Canvas, Segment, layout
 from medim.data.order import share
 from medim.diffusion import Schedule, nelbo_tokens
-from medim.model.medim import MeDiMModel
-from medim.objective import T_BINS, Batch, ObjectiveOptions, count, loss, make_batch, noise_levels
+from medim.model.backbone import BackboneOptions
+from medim.model.medim import MeDiMModel, ModelOptions
+from medim.objective import T_BINS, Alone, Batch, ObjectiveOptions, count, loss, make_batch, noise_levels
 from medim.vocabulary import KINDS, Vocabulary
 
 BOTH = np.array([ROLES.index("image"), ROLES.index("report")])
@@ -279,3 +282,58 @@ def test_the_mdlm_loss_is_the_bound(
     error = math.hypot(float(losses.std()) / math.sqrt(len(losses)), float(bound.std()) / math.sqrt(len(bound)))
     assert abs(float(losses.mean() - bound.mean())) < 4 * error
     assert error < 0.05 * float(bound.mean())
+
+
+def test_translate_makes_one_image_of_those_that_are_there() -> None:
+    """All else is t=0, by dropout all of it t=1; each image gets its turn; one image alone is drawn from its report."""
+    roles = np.tile([ROLES.index(name) for name in ("image", "image", "image", "report")], (400, 1))
+    roles[300:, 2] = -1
+    t, learnt = noise_levels(roles, list(range(400)), 400, 0, 0, only(translate=1.0))
+    assert (learnt.sum(1) == 1).all() and not learnt[:, 3].any() and (t[learnt] > 0).all()
+    assert (t[~learnt & (roles >= 0)] == 0).all()
+    assert learnt[:300].mean(0)[:3] == pytest.approx([1 / 3] * 3, abs=0.1)
+    assert learnt[300:].mean(0)[:2] == pytest.approx([1 / 2] * 2, abs=0.15)
+    dropped = ObjectiveOptions(tasks={"translate": 1.0}, condition_dropout=1.0)
+    assert (noise_levels(roles, list(range(400)), 400, 0, 0, dropped)[0][~learnt & (roles >= 0)] == 1).all()
+    pair = np.tile(BOTH, (8, 1))
+    levels = [noise_levels(pair, list(range(8)), 8, 0, 0, only(**{task: 1.0})) for task in ("translate", "image")]
+    assert all(np.array_equal(a, b) for a, b in zip(*levels, strict=True))
+    lone = np.full((8, 1), ROLES.index("image"))
+    assert noise_levels(lone, list(range(8)), 8, 0, 0, only(translate=1.0))[1].all()
+
+
+@pytest.mark.parametrize("name", ["align", "invariance"])
+def test_losses_beside_leave_the_objective_as_it_is(
+    batch_of: Any, make_rows: Any, vocabulary: Vocabulary, name: str
+) -> None:
+    """They add to it with their weight, are functions of features alone, and have a gradient."""
+    backbone = BackboneOptions(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+    torch.manual_seed(0)
+    model = MeDiMModel.from_options(ModelOptions(backbone=backbone, adaln_dim=16, embed=8), vocabulary)
+    o = ObjectiveOptions(**{name: 0.5})
+    plain = loss(model, batch_of(list(range(8)), ObjectiveOptions()), ObjectiveOptions())
+    rows = [row for row in make_rows([4] * 5)]
+    first, rng = vocabulary.image[0], np.random.default_rng(1)
+    images = [layout([Segment("image", "xray", (first + rng.integers(0, 8, 6)).tolist())], vocabulary) for _ in rows]
+    texts = [layout([Segment("report", "text", rng.integers(1, 12, n).tolist())], vocabulary) for n in (2, 5, 3, 4, 6)]
+    others = images[::-1] if name == "invariance" else texts
+    alone = Alone(Canvas.collate(images, 0), Canvas.collate(others, 0), torch.tensor([0, 0, 0, 1, 1]))
+    found = loss(model, replace(batch_of(list(range(8)), o), **{name: alone}), o)
+    assert torch.equal(found.total, plain.total) and torch.equal(found.nats, plain.nats)
+    assert plain.beside == 0 and not plain.parts.any()
+    value = found.parts[("align", "invariance").index(name)]
+    assert found.beside.item() == pytest.approx(0.5 * value.item()) and value > 0
+    kinds = ("invariant", "invariant") if name == "invariance" else ("image", "text")
+    features = [model._embedded(c, kind) for c, kind in zip((alone.images, alone.others), kinds, strict=True)]
+    wanted = (
+        barlow_twins(*features, alone.group)
+        if name == "invariance"
+        else info_nce(*features, model.embedder.log_scale, alone.group)
+    )
+    assert value.item() == pytest.approx(wanted.item(), rel=1e-5)
+    found.beside.backward()
+    assert any(float(p.grad.abs().max()) > 0 for p in model.embedder.parameters() if p.grad is not None)
+    padded = Canvas.collate([*texts, texts[1]], 0, 40)  # an embedding does not depend on the rows beside it, or padding
+    torch.testing.assert_close(
+        model.eval().embed(padded, "text")[:5], model.embed(Canvas.collate(texts, 0), "text"), atol=1e-5, rtol=0
+    )
