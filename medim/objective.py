@@ -223,8 +223,8 @@ def loss(model: nn.Module, batch: Batch, o: ObjectiveOptions) -> Loss:
     every = model(canvas.ids, tagged, level, score=score, **told, **({"alone": alone} if alone else {}))
     beside, parts = torch.zeros((), device=canvas.ids.device), torch.zeros(len(BESIDE), device=canvas.ids.device)
     if alone:
-        every, embedded = every
-        beside, parts = _beside(network, batch, list(embedded), o)
+        every, embedded, log_scale = every
+        beside, parts = _beside(batch, embedded, log_scale, o)
     t_flat, schedule = tagged.gather(1, level).flatten(), Schedule(o.schedule, o.schedule_power)
     total = every.new_zeros(())
     nats = torch.zeros(len(KINDS), T_BINS, device=every.device)
@@ -239,13 +239,13 @@ def loss(model: nn.Module, batch: Batch, o: ObjectiveOptions) -> Loss:
 
 
 def _beside(
-    network: Any, batch: Batch, embedded: list[Tensor], o: ObjectiveOptions
+    batch: Batch, embedded: Sequence[Tensor], log_scale: Float[Tensor, ""], o: ObjectiveOptions
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "2"]]:
     """The losses of segments by themselves, weighted and summed, and each by itself."""
     values = torch.zeros(len(BESIDE), device=embedded[0].device)
-    total = embedded[0].sum() * 0
+    total = log_scale * 0
     if batch.align is not None:
-        found = info_nce(embedded[0], embedded[1], network.embedder.log_scale, batch.align.group)
+        found = info_nce(embedded[0], embedded[1], log_scale, batch.align.group)
         total, values[0] = total + o.align * found, found.detach()
     if batch.invariance is not None:
         found = barlow_twins(embedded[-2], embedded[-1], batch.invariance.group)

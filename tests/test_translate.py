@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from medim.data.studies import Image, Study
 from medim.errors import UserError
 from medim.given import Request, check_view, completed, read_name, read_source
 from medim.model.backbone import BackboneOptions
+from medim.model.gates import CrossGates, Gated, Marks, alibi
 from medim.model.medim import MeDiMModel, ModelOptions
 from medim.pipeline import MeDiM
 from medim.sampling import Plan, Sampling
@@ -90,14 +92,17 @@ def test_codes_of_one_place_share_a_position() -> None:
     assert old.frame("image", "mri", "t2 axial") == old.frame("image", "mri")
 
 
-@pytest.mark.parametrize("gates", [False, True])
-def test_the_order_of_images_does_not_matter_when_positions_are_aligned(gates: bool) -> None:
+BIASES = pytest.mark.parametrize("bias", [{}, {"gates": True}, {"gates": True, "alibi": (2.0, 0.5, 0.0)}], ids=str)
+
+
+@BIASES
+def test_the_order_of_images_does_not_matter_when_positions_are_aligned(bias: dict[str, Any]) -> None:
     """And it does when they are numbered along the row."""
     vocabulary = Vocabulary.build(12, 0, 8)
     rows = [images(vocabulary, "t1", "t2 axial", "flair"), images(vocabulary, "flair", "t1", "t2 axial")]
     place = {"t1": (0, 1), "t2 axial": (1, 2), "flair": (2, 0)}
     for positions, same in (("aligned", True), ("row", False)):
-        model = network(vocabulary, positions=positions, gates=gates)
+        model = network(vocabulary, positions=positions, **bias)
         found = []
         for row in rows:
             canvas = Canvas.collate([row], 0)
@@ -110,10 +115,10 @@ def test_the_order_of_images_does_not_matter_when_positions_are_aligned(gates: b
 
 
 @pytest.mark.parametrize("positions", ["row", "aligned"])
-@pytest.mark.parametrize("gates", [False, True])
-def test_given_images_may_be_computed_once_and_padding_changes_nothing(positions: str, gates: bool) -> None:
+@BIASES
+def test_given_images_may_be_computed_once_and_padding_changes_nothing(positions: str, bias: dict[str, Any]) -> None:
     vocabulary = Vocabulary.build(12, 0, 8)
-    model = network(vocabulary, positions=positions, gates=gates)
+    model = network(vocabulary, positions=positions, **bias)
     model.config.condition_attention = "prefix"
     rows = [images(vocabulary, "t1", "t2 axial"), images(vocabulary, "t1", "t2 axial", "flair", report=7)]
     canvas = Canvas.collate(rows, 0)
@@ -148,6 +153,21 @@ def test_gates_start_as_none(vocabulary: Vocabulary) -> None:
     valid = canvas.valid
     torch.testing.assert_close(hidden["zero"][valid], plain[valid], atol=1e-6, rtol=0)
     assert float((hidden["some"] - plain)[valid].abs().max()) > 1e-3
+
+
+def test_alibi_is_minus_slope_times_distance() -> None:
+    """Against a plain loop over pairs; text and tags have no distance, images share one grid."""
+    canvas = Canvas.collate([images(Vocabulary.build(12, 0, 8), "t1", "flair")], 0)  # images of 3 x 3 codes
+    marks = Marks(CrossGates.kinds(canvas), canvas.segment, canvas.place, torch.zeros(canvas.ids.shape))
+    slopes = torch.tensor([2.0, 0.5])
+    found = alibi(Gated(marks, marks), slopes, 3)
+    places = canvas.place[0].tolist()
+    for q, a in enumerate(places):
+        for k, b in enumerate(places):
+            away = math.dist(divmod(a - 1, 3), divmod(b - 1, 3)) if a and b else 0.0
+            assert found[0, :, q, k].tolist() == pytest.approx([-2.0 * away, -0.5 * away], abs=1e-6)
+    with pytest.raises(UserError, match=r"square image as model\.places, not 7"):
+        MeDiMModel.from_options(ModelOptions(places=7, alibi=(1.0,)), Vocabulary.build(12, 0, 8))
 
 
 def test_translation_is_a_function_of_the_seed(model: MeDiM) -> None:

@@ -17,7 +17,7 @@ from transformers import DynamicCache
 from medim.canvas import Canvas
 from medim.diffusion import Group
 from medim.model.attention import key_mask
-from medim.model.gates import Gated
+from medim.model.gates import Gated, Marks
 from medim.vocabulary import KINDS
 
 if TYPE_CHECKING:
@@ -221,8 +221,8 @@ class BoundDenoiser:
             mask = key_mask(valid, self.model.attention_backend, self.model.dtype, part.size)
         gating = {}
         for name, gated in self.model.gating(self.canvas.repeat(copies), t).items():
-            seen = [torch.cat([one.of(v) for one in keys], 1) for v in (gated.key_kind, gated.key_segment, gated.key_t)]
-            gating[name] = Gated(part.of(gated.query_kind), part.of(gated.query_segment), *seen)
+            query = Marks(*map(part.of, gated.query))
+            gating[name] = Gated(query, Marks(*(torch.cat([one.of(v) for one in keys], 1) for v in gated.key)))
         self.tokens += len(ids) * part.size
         marks = {"position_ids": part.positions.repeat(copies, 1)}
         for name, values in self.marks.items():

@@ -1,8 +1,8 @@
-"""Cross-guidance: how strongly the segments of a study attend to each other, learnt for each pair of modalities.
+"""What is added to attention logits: cross-guidance gates, and what makes heads look at the same place of each image.
 
 MedM2G (arXiv 2403.04290, section 3.3) guides the diffusers of two modalities by adaptive cross-attention. On one canvas
-that attention is there already; what adapts here is its strength.
-Shape letters: B batch, L canvas length, Q queries, P keys, S segments, M kinds of segments.
+that attention is there already; what adapts here is its strength, learnt for each pair of modalities.
+Shape letters: B batch, H heads, L canvas length, Q queries, P keys, S segments, M kinds of segments.
 """
 
 from __future__ import annotations
@@ -16,14 +16,49 @@ from torch import Tensor, nn
 from medim.canvas import Canvas
 
 
-class Gated(NamedTuple):
-    """Kind (0: neither image nor text), segment (-1: none) of queries and keys, and the noise levels of keys."""
+class Marks(NamedTuple):
+    """Kind (0: neither image nor text), segment (-1: none), place (0: none, `Canvas.place`) and noise level of some
+    positions."""
 
-    query_kind: Int[Tensor, "B Q"]
-    query_segment: Int[Tensor, "B Q"]
-    key_kind: Int[Tensor, "B P"]
-    key_segment: Int[Tensor, "B P"]
-    key_t: Float[Tensor, "B P"]
+    kind: Int[Tensor, "B Q"]
+    segment: Int[Tensor, "B Q"]
+    place: Int[Tensor, "B Q"]
+    t: Float[Tensor, "B Q"]
+
+
+class Gated(NamedTuple):
+    """Queries and keys."""
+
+    query: Marks
+    key: Marks
+
+
+def added(bias: Float[Tensor, "B _ Q P"], mask: Any) -> Float[Tensor, "B _ Q P"]:
+    """An additive mask of sdpa or eager: the bias, and -inf where `mask` (None, bool or additive) hides a key."""
+    if mask is None:
+        return bias
+    if mask.dtype == torch.bool:
+        return bias.masked_fill(~mask, torch.finfo(bias.dtype).min)
+    return bias + mask
+
+
+def alibi(gated: Gated, slopes: Float[Tensor, "H"], width: int) -> Float[Tensor, "B H Q P"]:
+    """2-D ALiBi, within an image and across images: minus a head's slope times the distance of two codes' places.
+
+    ALiBi is arXiv 2108.12409; on images, and across the images of two sensors, it is CROMA's (arXiv 2311.00566).
+    Text and tags have no place: 0.
+
+    Args:
+        slopes: logits per code of Euclidean distance.
+        width: codes in a row of an image.
+    """
+    rows, columns = (
+        [part(ends.place - 1, width).to(slopes) for ends in gated]
+        for part in (lambda p, w: torch.div(p, w, rounding_mode="floor"), torch.remainder)
+    )
+    distance = torch.hypot(*(a[:, :, None] - b[:, None, :] for a, b in (rows, columns)))
+    placed = (gated.query.place > 0)[:, :, None] & (gated.key.place > 0)[:, None, :]
+    return -slopes[:, None, None] * torch.where(placed, distance, 0.0)[:, None]
 
 
 class CrossGates(nn.Module):
@@ -47,15 +82,11 @@ class CrossGates(nn.Module):
         by_segment = torch.where(canvas.role < 0, 0, 1 + first)
         return torch.where(canvas.segment < 0, 0, by_segment.gather(1, canvas.segment.clamp(min=0)))
 
-    def forward(self, gated: Gated, mask: Any, dtype: torch.dtype) -> Float[Tensor, "B 1 Q P"]:
-        """An additive mask of sdpa or eager: the gates, and -inf where `mask` (None, bool or additive) hides a key."""
-        a, b = gated.query_kind[:, :, None], gated.key_kind[:, None, :]
+    def forward(self, gated: Gated, dtype: torch.dtype) -> Float[Tensor, "B 1 Q P"]:
+        """The bias of each pair of a query and a key."""
+        query, key = gated
+        a, b = query.kind[:, :, None], key.kind[:, None, :]
         pair = self.weight[a, b]
-        bias = pair[..., 0] + pair[..., 1] * (1 - gated.key_t[:, None, :])
-        other = gated.query_segment[:, :, None] != gated.key_segment[:, None, :]
-        bias = torch.where(other & (a > 0) & (b > 0), bias, 0.0).to(dtype)[:, None]
-        if mask is None:
-            return bias
-        if mask.dtype == torch.bool:
-            return bias.masked_fill(~mask, torch.finfo(dtype).min)
-        return bias + mask
+        bias = pair[..., 0] + pair[..., 1] * (1 - key.t[:, None, :])
+        other = query.segment[:, :, None] != key.segment[:, None, :]
+        return torch.where(other & (a > 0) & (b > 0), bias, 0.0).to(dtype)[:, None]

@@ -36,7 +36,7 @@ from medim.model.backbone import (
     window_of,
 )
 from medim.model.denoiser import BoundDenoiser
-from medim.model.gates import CrossGates, Gated
+from medim.model.gates import CrossGates, Gated, Marks, added, alibi
 from medim.model.head import RestrictedHead
 from medim.model.lora import Adapted
 from medim.model.rows import SplitHead
@@ -64,6 +64,8 @@ class ModelOptions:
         embed: width of the embeddings of images and reports by themselves (`MeDiMModel.embed`); 0: there are none.
         gates: whether how strongly the segments of a study attend to each other is learnt, for each pair of modalities
             and by how noisy the one attended to is (`CrossGates`).
+        alibi: slopes of 2-D ALiBi, repeated over the heads: how fast a head loses sight of codes away from the place of
+            its own, in its image and in others; (): none. Needs `places`, a square of them.
     """
 
     backbone: BackboneOptions = BackboneOptions()
@@ -74,6 +76,7 @@ class ModelOptions:
     rows: NewRows = "moments"
     embed: Annotated[int, pydantic.Field(ge=0)] = 0
     gates: bool = False
+    alibi: tuple[float, ...] = ()
 
 
 ConditionAttention = Literal["full", "prefix"]
@@ -102,6 +105,7 @@ class MeDiMConfig(PreTrainedConfig):
         positions: Positions = "row",
         embed: int = 0,
         gates: bool = False,
+        alibi: Sequence[float] = (),
         condition_dropout: float = 0.0,
         absent: float = 0.0,
         condition_attention: ConditionAttention = "full",
@@ -122,6 +126,7 @@ class MeDiMConfig(PreTrainedConfig):
         self.positions = positions
         self.embed = embed
         self.gates = gates
+        self.alibi = list(alibi)
         self.condition_dropout = condition_dropout
         self.absent = absent
         self.condition_attention = condition_attention
@@ -137,10 +142,17 @@ def config_of(o: ModelOptions, vocabulary: Vocabulary) -> MeDiMConfig:
     backbone = config_from_options(o.backbone, vocabulary.size)
     read: Any = SHIFTS[o.logits]
     settings: dict[str, Any] = {"places": o.places, "positions": o.positions, "embed": o.embed, "gates": o.gates}
-    settings["read"] = read
+    settings |= {"alibi": o.alibi, "read": read}
     config = MeDiMConfig(backbone.to_dict(), vocabulary.to_dict(), o.adaln_dim, **settings)
     config._attn_implementation = o.backbone.attn_implementation
     return config
+
+
+def _slopes(config: MeDiMConfig, heads: int) -> list[float]:
+    """The slope of each head, or none."""
+    if config.alibi and (not config.places or math.isqrt(config.places) ** 2 != config.places):
+        raise UserError(f"model.alibi needs the codes of a square image as model.places, not {config.places}")
+    return [config.alibi[head % len(config.alibi)] for head in range(heads)] if config.alibi else []
 
 
 class Scored(NamedTuple):
@@ -176,11 +188,17 @@ class Embedder(nn.Module):
 
     def __init__(self, hidden_size: int, width: int) -> None:
         super().__init__()
-        self.maps = nn.ModuleDict({name: nn.Linear(hidden_size, width, bias=False) for name in (*KINDS, "invariant")})
-        self.log_scale = nn.Parameter(torch.tensor(-math.log(TEMPERATURE)))
+        for name in (*KINDS, "invariant"):  # parameters of this very module: ZeRO-3 has them whole in its forward pass
+            setattr(self, name, nn.Parameter(torch.empty(width, hidden_size)))
+        self.log_scale = nn.Parameter(torch.full((1,), -math.log(TEMPERATURE)))  # ZeRO takes no scalars
 
-    def forward(self, pooled: Float[Tensor, "B D"], name: str) -> Float[Tensor, "B E"]:
-        return self.maps[name](pooled)
+    def forward(self, pooled: Float[Tensor, "B D"] | None = None, name: str = "") -> tuple[Tensor, Float[Tensor, ""]]:
+        """Embeddings [B, E] (without `pooled`: 0) and the log of the scale. Every weight takes part, with a factor 0 if
+        it is not asked for: DDP wants a gradient of each."""
+        rest = 0 * torch.stack([weight.sum() for weight in self.parameters()]).sum()
+        return (
+            rest if pooled is None else nn.functional.linear(pooled, getattr(self, name)) + rest
+        ), self.log_scale.squeeze(0) + rest
 
 
 class TagEmbedding(nn.Embedding):
@@ -218,6 +236,7 @@ class MeDiMModel(PreTrainedModel):
         self.embedder = Embedder(inner.hidden_size, config.embed) if config.embed else None
         self.gates = CrossGates(tags) if config.gates else None
         self.belongs = TagEmbedding(tags + 1, inner.hidden_size) if config.positions == "aligned" else None
+        self.slopes = _slopes(config, inner.num_attention_heads)
         self.time = TimeEmbedding(config.adaln_dim, TimeOptions(**config.time))
         self.adaln = nn.ModuleList(
             AdaLN(config.adaln_dim, inner.hidden_size) for _ in range(len(decoder_layers(self.backbone)))
@@ -231,10 +250,11 @@ class MeDiMModel(PreTrainedModel):
         if isinstance(module, AdaLN):
             module.reset()
         elif isinstance(module, Embedder):
-            for one in module.maps.values():
-                assert isinstance(one, nn.Linear)
-                nn.init.normal_(one.weight, std=one.in_features**-0.5)
-            nn.init.constant_(module.log_scale, -math.log(TEMPERATURE))
+            for name, weight in module.named_parameters():
+                if name == "log_scale":
+                    nn.init.constant_(weight, -math.log(TEMPERATURE))
+                else:
+                    nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
         elif isinstance(module, CrossGates | PlaceEmbedding | TagEmbedding):
             nn.init.zeros_(module.weight)
         elif isinstance(module, TimeEmbedding):
@@ -320,7 +340,7 @@ class MeDiMModel(PreTrainedModel):
         **kernel: Any,
     ) -> Any:
         """Hidden states after the last norm, [B, Q, D]; `head` makes logits of them. With `score`, cross-entropies [N].
-        With `alone`, a tuple of that and of embeddings, [M, E] each.
+        With `alone`, a tuple of that, of embeddings, [M, E] each, and of the log of their scale.
 
         Args:
             t: noise levels in [0, 1], T a row.
@@ -334,7 +354,7 @@ class MeDiMModel(PreTrainedModel):
             past_key_values: keys and values of positions that are not among the Q.
             score: rows whose targets' cross-entropy in nats is wanted; the head then runs inside this pass, where
                 ZeRO-3 and FSDP have its weight.
-            gated: what `CrossGates` looks at.
+            gated: what `CrossGates` and `alibi` look at.
             alone: canvases of one segment a row whose embeddings are wanted, from passes of their own: together each
                 segment would have seen the other.
             kernel: more arguments of the attention backend.
@@ -347,8 +367,10 @@ class MeDiMModel(PreTrainedModel):
             ids, t, level, attention_mask, position_ids, place, segment, tags, past_key_values, gated, **kernel
         )
         if alone is not None:
-            embedded = tuple(self._embedded(*one) for one in alone)
-            return self._scored(hidden, score) if score is not None else hidden.new_zeros(0), embedded
+            embedded, scales = zip(*(self._embedded(*one) for one in alone), strict=True)
+            return self._scored(hidden, score) if score is not None else hidden.new_zeros(0), embedded, scales[0]
+        if self.embedder is not None and self.training:
+            hidden = hidden + self.embedder()[0]
         return hidden if score is None else self._scored(hidden, score)
 
     def _scored(self, hidden: Float[Tensor, "B Q D"], score: Scored) -> Float[Tensor, "N"]:
@@ -395,9 +417,13 @@ class MeDiMModel(PreTrainedModel):
         if self.config.time["shared"]:
             own = t if level is None else t.gather(1, level)
             t, level = own.amax(1, keepdim=True), torch.zeros_like(ids)
-        if self.gates is not None and gated is not None:
-            self._check_backend("gates")
-            attention_mask = self.gates(gated, attention_mask, embedded.dtype)
+        if gated is not None:
+            self._check_backend("gates and alibi")
+            if self.gates is not None:
+                attention_mask = added(self.gates(gated, embedded.dtype), attention_mask)
+            if self.slopes:
+                slopes = torch.tensor(self.slopes, dtype=embedded.dtype, device=ids.device)
+                attention_mask = added(alibi(gated, slopes, math.isqrt(self.config.places)), attention_mask)
         return self.backbone.get_decoder()(
             inputs_embeds=embedded,
             attention_mask=self._windowed(attention_mask, length, ids.device),
@@ -437,26 +463,28 @@ class MeDiMModel(PreTrainedModel):
         """What computes attention: sdpa, eager, flash_attention_2 or flex_attention."""
         return str(self.backbone.config._attn_implementation)
 
-    def _embedded(self, canvas: Canvas, name: str) -> Float[Tensor, "M E"]:
-        """Embeddings of rows of one segment, not normalised: a map of the mean state of the segment, at t=0."""
+    def _embedded(self, canvas: Canvas, name: str) -> tuple[Float[Tensor, "M E"], Float[Tensor, ""]]:
+        """Embeddings of rows of one segment, not normalised, and the log of their scale: a map of the mean state of the
+        segment, at t=0."""
         if self.embedder is None:
             raise UserError("this model has no embeddings: train one with model.embed and objective.align")
         level = torch.zeros_like(canvas.ids)
         t = torch.zeros(len(canvas.ids), 1, device=canvas.ids.device)
-        hidden = self._hidden(canvas.ids, t, level, **self.attention(canvas))
+        told = self.attention(canvas) | self.gating(canvas, t.expand(canvas.ids.shape))
+        hidden = self._hidden(canvas.ids, t, level, **told)
         here = (canvas.segment >= 0).unsqueeze(-1).to(hidden.dtype)
         return self.embedder((hidden * here).sum(1) / here.sum(1).clamp(min=1), name)
 
     def embed(self, canvas: Canvas, kind: Kind) -> Float[Tensor, "M E"]:
         """Embeddings of length 1 of rows that hold one image, or one report, each."""
-        return torch.nn.functional.normalize(self._embedded(canvas, kind).float(), dim=-1)
+        return torch.nn.functional.normalize(self._embedded(canvas, kind)[0].float(), dim=-1)
 
     def gating(self, canvas: Canvas, t: Float[Tensor, "B L"]) -> dict[str, Any]:
-        """What gates look at on a whole canvas, as an argument of `forward`; nothing for a model without them."""
-        if self.gates is None:
+        """What gates and ALiBi look at on a whole canvas, as an argument of `forward`; nothing for a model without."""
+        if self.gates is None and not self.slopes:
             return {}
-        kinds = self.gates.kinds(canvas)
-        return {"gated": Gated(kinds, canvas.segment, kinds, canvas.segment, t)}
+        marks = Marks(CrossGates.kinds(canvas), canvas.segment, canvas.place, t)
+        return {"gated": Gated(marks, marks)}
 
     def _told(self, tags: Int[Tensor, "B S A"]) -> Float[Tensor, "B S D"]:
         """Of each segment, the sum of its tags' vectors."""
