@@ -5,7 +5,8 @@
     python -m benchmarks.heads runs/heads --mricron runs/mricron/usr/share/mricron
 
 Both are without skull. Links, not copies: what the packages ship stays theirs (docs/medm2g.md has the terms). With
-mricron-data installed (/usr/share/mricron), --mricron may be left out.
+mricron-data installed (/usr/share/mricron), --mricron may be left out. Beside them one axial slice of MNI152 that nobody
+trains on, as sample.py takes it: OUT/slice/T1.png, WM.png, and GM.png, which is the answer.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ from pathlib import Path
 from medim.cli import run
 from medim.data.packaged import file_of
 from medim.errors import UserError
+from medim.pictures import read_picture
+from medim.pictures.nifti import Slice
 
+HELD_OUT = 74  # an axial slice in the middle of a slab of split test (--slabs 30)
 ICBM = "datasets/data/mni_icbm152_{}_tal_nlin_sym_09a_converted.nii.gz"
 
 
@@ -47,6 +51,10 @@ def _main(argv: Sequence[str]) -> None:
         link.unlink(missing_ok=True)
         link.symlink_to(file.resolve())
         print(f"{link} -> {file}", file=sys.stderr)
+    (args.out / "slice").mkdir(exist_ok=True)
+    for word in ("t1", "gm", "wm"):
+        picture = read_picture(Slice(args.out / f"MNI152/{word}.nii.gz", "axial", HELD_OUT)).image
+        picture.save(args.out / "slice" / f"{word.upper()}.png")
     print(json.dumps({"heads": str(args.out), "files": sorted(files)}))
 
 

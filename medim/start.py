@@ -29,7 +29,7 @@ from medim.diffusion import ScheduleName
 from medim.errors import UserError
 from medim.model.adaln import hooked_modules
 from medim.model.backbone import NewRows, decoder_layers, grow_vocabulary, own_code_rows
-from medim.model.medim import SHIFTS, Logits, MeDiMModel
+from medim.model.medim import SHIFTS, Logits, MeDiMModel, Positions
 from medim.pipeline import MeDiM
 from medim.sampling import Sampling
 from medim.tokenization.image import VQTokenizer
@@ -56,6 +56,10 @@ class BackboneStart:
         schedule: the noise schedule it will be trained with (objective.schedule).
         seed: of the new rows and the time embedding.
         dtype: of the weights that are written.
+        positions: as their numbers in the row, or shared by codes at one place of a study's images (aligned).
+        embed: width of the embeddings that objective.align and objective.invariance train; 0: none.
+        gates: learn how strongly segments attend to each other.
+        alibi: slopes of 2-D ALiBi, repeated over the heads; needs places.
     """
 
     adaln_dim: Annotated[int, Field(ge=2)] = 128
@@ -67,6 +71,10 @@ class BackboneStart:
     schedule: ScheduleName = "linear"
     seed: int = 0
     dtype: Literal["fp32", "bf16"] = "fp32"
+    positions: Positions = "row"
+    embed: Annotated[int, Field(ge=0)] = 0
+    gates: bool = False
+    alibi: tuple[float, ...] = ()
 
 
 @options
@@ -121,9 +129,8 @@ def start(source: str | Path, image_tokenizer: str | Path, o: StartOptions) -> S
     grow_vocabulary(backbone, vocabulary.size, codes, image.codebook, o.model.seed)
     torch.manual_seed(o.model.seed)
     read: Any = SHIFTS[o.model.logits]
-    model = MeDiMModel.from_backbone(
-        backbone, vocabulary, o.model.adaln_dim, places=o.model.places, read=read, schedule=o.model.schedule
-    ).eval()
+    own = {name: getattr(o.model, name) for name in ("places", "schedule", "positions", "embed", "gates", "alibi")}
+    model = MeDiMModel.from_backbone(backbone, vocabulary, o.model.adaln_dim, read=read, **own).eval()
     difference = _difference(model, probe, wanted)
     if difference > 1e-3:
         raise UserError(

@@ -116,6 +116,24 @@ def test_init_writes_a_model_to_train(
     assert main(asked) == 2 and "is not an empty folder" in capsys.readouterr().err
 
 
+def test_a_backbone_for_several_images(llama: Path, image: Path, tmp_path: Path) -> None:
+    """What a canvas of several images and the losses beside the objective need; it changes no logit of the backbone."""
+    out = tmp_path / "start"
+    asked = ["init", str(llama), "--image-tokenizer", str(image), "--out", str(out), "model.adaln_dim=16"]
+    settings = [
+        "model.positions=aligned",
+        "model.embed=8",
+        "model.gates=true",
+        "model.alibi=[1.0,0.0]",
+        "model.places=36",
+    ]
+    assert main([*asked, *settings]) == 0
+    model = MeDiM.from_pretrained(out)
+    config, embedder = model.model.config, model.model.embedder
+    assert embedder is not None and embedder.text.shape == (8, config.backbone["hidden_size"])
+    assert (config.positions, config.embed, config.gates, config.alibi) == ("aligned", 8, True, [1.0, 0.0])
+
+
 def test_layers_are_dropped_only_when_asked_and_loudly(
     llama: Path, image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], refused: Callable[..., str]
 ) -> None:
