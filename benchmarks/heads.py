@@ -5,8 +5,8 @@
     python -m benchmarks.heads runs/heads --mricron runs/mricron/usr/share/mricron
 
 Both are without skull. Links, not copies: what the packages ship stays theirs (docs/medm2g.md has the terms). With
-mricron-data installed (/usr/share/mricron), --mricron may be left out. Beside them one axial slice of MNI152 that nobody
-trains on, as sample.py takes it: OUT/slice/T1.png, WM.png, and GM.png, which is the answer.
+mricron-data installed (/usr/share/mricron), --mricron may be left out. Beside them one axial slice of MNI152 that
+nobody trains on, as sample.py takes it: OUT/slice/T1.png, WM.png, and GM.png, which is the answer.
 """
 
 from __future__ import annotations
