@@ -54,8 +54,9 @@ def read_studies(protocol: Protocol, split: str, count: int) -> dict[str, list[S
         studies = references(Path(protocol.data.root), protocol.domains[0], split)
         return {protocol.domains[0]: studies[: count or None]}
     found: dict[str, list[Study]] = {domain: [] for domain in protocol.domains}
+    made = -1 if "translate" in protocol.tasks else 0  # a translation's domain is that of the image that is wanted
     for study in _archive(protocol):
-        if study.split == split and (domain := study.images[0].modality) in found:
+        if study.split == split and (domain := study.images[made].modality) in found:
             found[domain].append(study)
     for domain, studies in found.items():
         if not studies:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import PIL.Image
 import pytest
@@ -65,6 +67,27 @@ def test_translation_by_others(tmp_path: Path) -> None:
     assert main([*command, "--out", str(tmp_path / "worse")]) == 0
     worse = figures(tmp_path / "worse", "mri", "translate")
     assert worse["ssim"]["value"] < 0.7 and worse["mae"]["value"] > 0.05 and worse["failed"]["value"] == 0
+
+
+def test_what_a_translation_must_beat(tmp_path: Path) -> None:
+    """CT of MRI, by its own domain; the floor is the best of the source, the mean and the nearest training slice."""
+    rng = np.random.default_rng(0)
+    for name, least in (("a", 2), ("b", 5), ("c", 2)):  # where the cube begins: a has the shape of c
+        for word, value in (("mr", 200), ("ct", 80)):
+            volume = np.zeros((12, 12, 12), np.int16)
+            volume[least:10, least:10, least:10] = value + rng.integers(0, 5, (10 - least,) * 3)
+            (tmp_path / "heads" / name).mkdir(parents=True, exist_ok=True)
+            nibabel.save(nibabel.Nifti1Image(volume, np.eye(4)), tmp_path / "heads" / name / f"{word}.nii.gz")
+    picture(tmp_path / "theirs" / "image_0.png", 0)
+    data = [f"data.root={tmp_path / 'heads'}", "data.options={held_out: [c], every: 6, content: 0, window: 0 400}"]
+    command = [str(EVAL / "translation.yaml"), *data, "domains=[ct]", "translate=[mri,ct]"]
+    assert main([*command, "--predictions", str(tmp_path / "theirs"), "--out", str(tmp_path / "out")]) == 0
+    found = figures(tmp_path / "out", "ct", "translate")
+    assert found["failed"]["value"] == pytest.approx(5 / 6)
+    about = str(found["psnr"]["about"])
+    known = {name: float(re.search(rf"{name} ([\d.]+)", about)[1]) for name in ("copy", "mean", "nearest")}  # type: ignore[index]
+    assert found["psnr"]["floor"] == pytest.approx(max(known.values()), rel=1e-3)
+    assert known["copy"] < known["mean"] < known["nearest"]
 
 
 def test_ranking_and_training_neighbours(tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
