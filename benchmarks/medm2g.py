@@ -172,7 +172,7 @@ def _main(argv: Sequence[str]) -> None:
         raise UserError(f"{args.data}: no such folder; docs/medm2g.md has the commands that make it")
     runs = [(arm, seed) for seed in range(args.seeds) for arm in ARMS]
     with ThreadPoolExecutor(args.jobs) as pool:
-        figures = dict(zip(runs, pool.map(lambda one: make(*one, args), runs), strict=True))
+        figures = dict(zip(runs, pool.map(lambda one: make(one[0], one[1], args), runs), strict=True))
     found = {arm: [figures[arm, seed] for seed in range(args.seeds)] for arm in ARMS}
     rows = [["", *(title for title, _ in FIGURES.values())]]
     for arm, mine in found.items():
