@@ -24,6 +24,7 @@ from eval.studies import clusters_of, patient_of, read_studies
 from medim.cli.common import quiet
 from medim.data.studies import Study
 from medim.errors import UserError
+from medim.given import name_of
 from medim.metrics import image
 from medim.metrics.statistics import Sums
 from medim.pipeline import MeDiM, resolve
@@ -210,6 +211,7 @@ def _domain(
         for row, study in zip(found["rows"], (one.study for one in some), strict=True):
             made = None if row["image"] is None else _relative(row["image"], bench.out)
             row |= {"task": task, "domain": domain, "image": made, "real_image": real.files.get(study.id)}
+            row |= {"sources": real.sources[study.id]} if study.id in real.sources else {}
         cost = {name: sum(row.get(name, 0) for row in found["rows"]) for name in ("forward_passes", "seconds")}
         tasks[task] = found | cost
     nll, more = _likelihood_figures(likelihood(bench, domain, limit)) if bench.model else ({}, {})
@@ -228,6 +230,20 @@ def _domain(
 
 def _relative(path: str, out: Path) -> str:
     return os.path.relpath(path, out)
+
+
+def _sources(bench: Bench, study: Study, side: int, folder: Path) -> dict[str, str]:
+    """The given images of a translation as files, by what they are called."""
+    found = {}
+    for number, one in enumerate(study.images[:-1]):
+        file = folder / f"{key_of({'study': study.id, 'side': 0 if bench.model else side, 'source': number})}.png"
+        if not file.is_file():
+            picture = bench.prepare(study, side, number)
+            picture.convert("L" if MODALITIES[one.modality].gray else "RGB").save(file)
+        found[name_of(one.modality, one.view) + ("" if one.view else f" {number + 1}")] = _relative(
+            str(file), bench.out
+        )
+    return found
 
 
 def _real(
@@ -259,6 +275,7 @@ def _real(
     if wanted:
         from eval.images import baselines
 
+        real.sources.update((study.id, _sources(bench, study, side, folders[0])) for study in studies)
         real = replace(real, baselines=scoring.attempt("baselines", lambda: baselines(bench, domain, studies, side)))
     real.files.update(zip((study.id for study in studies), relative, strict=False))  # none where there are no images
     tokenizer = {}

@@ -86,6 +86,7 @@ class Real:
         pictures: as the system that is scored sees them.
         again: after the image tokenizer; the pictures themselves where none is known.
         files: of `pictures`, relative to the output folder, by study.
+        sources: of a translation, files of what is given by its name, by study.
         baselines: of a translation, what needs no model: pictures by the name of the baseline, one a study.
         told, seen, seen_again: findings of reports, pictures and `again`; empty where they cannot be read.
     """
@@ -98,6 +99,7 @@ class Real:
     seen: Findings = field(default_factory=list)
     seen_again: Findings = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
+    sources: dict[str, dict[str, str]] = field(default_factory=dict)
     baselines: Mapping[str, Sequence[PIL.Image.Image]] = field(default_factory=dict)
 
     @classmethod

@@ -407,6 +407,8 @@ def _sample(task: str, row: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         "id": row["id"],
         "given": given,
         "picture": _picture(folder, shown),
+        "sources": {name: _picture(folder, file) for name, file in row.get("sources", {}).items()},
+        "real": _picture(folder, row["real_image"]) if task == "translate" else None,
         "report": report.strip(),
         "real_report": row["real_report"] if given == "image" else "",
         "failed": row["failed"],

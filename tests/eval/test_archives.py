@@ -84,6 +84,13 @@ def test_what_a_translation_must_beat(tmp_path: Path) -> None:
     assert main([*command, "--predictions", str(tmp_path / "theirs"), "--out", str(tmp_path / "out")]) == 0
     found = figures(tmp_path / "out", "ct", "translate")
     assert found["failed"]["value"] == pytest.approx(5 / 6)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    rows = results["domains"]["ct"]["tasks"]["translate"]["rows"]
+    for row in rows:  # the page shows what was given beside what was made and what was wanted
+        assert list(row["sources"]) == [f"mri {row['study'].split('-')[1]}"]
+        assert all((tmp_path / "out" / file).is_file() for file in (row["real_image"], *row["sources"].values()))
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("given: mri ") == page.count('alt="Real image of c-') == 6
     about = str(found["psnr"]["about"])
     known = {name: float(re.search(rf"{name} ([\d.]+)", about)[1]) for name in ("copy", "mean", "nearest")}  # type: ignore[index]
     assert found["psnr"]["floor"] == pytest.approx(max(known.values()), rel=1e-3)
