@@ -30,9 +30,10 @@ from medim.model import adapters
 from medim.model.denoiser import BoundDenoiser
 from medim.model.medim import MeDiMModel
 from medim.pictures import Pixels
-from medim.sampling import Cost, Plan, Sampling, halton_order, sample
+from medim.sampling import Cost, Means, Plan, Sampling, halton_order, sample
 from medim.template import Forbidding
 from medim.tokenization.joint import JointTokenizer
+from medim.vocabulary import MODALITIES
 
 BOUND_TIMES = 32  # forward passes that compare fillings of different lengths
 
@@ -260,9 +261,13 @@ class MeDiM:
         self, task: Task, batch: Sequence[Given], sampling: Sampling, note: Callable[[str], None] | None
     ) -> Iterator[Sample]:
         started = time.perf_counter()
-        ids, cost, used = self._fill(batch, sampling, note)
+        means = Means(self.joint.image.codebook.to(self.model.device), self.joint.vocabulary.image[0])
+        ids, cost, used = self._fill(batch, sampling, note, means if sampling.mean else None)
         final = ids.cpu().numpy()
-        studies = [self._decode(given, final[i, : len(given.draft.row.ids)]) for i, given in enumerate(batch)]
+        studies = [
+            self._decode(given, final[i, : len(given.draft.row.ids)], None if means.values is None else means.values[i])
+            for i, given in enumerate(batch)
+        ]
         seconds = (time.perf_counter() - started) / len(batch)
         for given, passes, (picture, parts, codes) in zip(batch, cost.row_passes, studies, strict=True):
             request, made = given.request, given.draft.generate
@@ -283,7 +288,7 @@ class MeDiM:
             yield Sample(*about, given.view, given.sources)
 
     def _fill(
-        self, batch: Sequence[Given], sampling: Sampling, note: Callable[[str], None] | None
+        self, batch: Sequence[Given], sampling: Sampling, note: Callable[[str], None] | None, means: Means | None
     ) -> tuple[Int[Tensor, "B L"], Cost, dict[str, float]]:
         """The ids of the filled rows, what it cost, the largest guidance used and, if any, the drift of memory."""
         canvas, generate, rule = self._canvas([given.draft for given in batch])
@@ -315,6 +320,7 @@ class MeDiM:
                 order=ranks.to(device)[canvas.place],
                 schedule=self.model.schedule,
                 cost=cost,
+                means=means,
             )
             scales += [plan.guidance for plan, _ in plans]
             drifts += [] if bound.drift is None else [bound.drift]
@@ -406,7 +412,7 @@ class MeDiM:
         return total.tolist()
 
     def _decode(
-        self, given: Given, ids: np.ndarray
+        self, given: Given, ids: np.ndarray, expected: Float[Tensor, "L E"] | None
     ) -> tuple[PIL.Image.Image | None, tuple[tuple[str, bool], ...], np.ndarray]:
         """Picture, report piece by piece, and codes of a filled row."""
         segment, codes, picture = given.draft.row.segment, given.codes, given.picture
@@ -414,11 +420,21 @@ class MeDiM:
             made = ids[segment == given.draft.image]
             codes = self.joint.grid(made).numpy()
             picture = self.joint.picture(made, given.request.domain)
+            if expected is not None:
+                picture = self._expected(given, expected[: len(segment)][segment == given.draft.image], codes)
             if given.request.paste_back and given.picture is not None:
                 picture.paste(given.picture, mask=PIL.Image.fromarray(~given.pixels))
         slot = given.draft.slot
         parts = () if slot is None else self.reader.words.read(slot, ids[segment == given.draft.report].tolist())
         return picture, parts, codes
+
+    def _expected(self, given: Given, vectors: Float[Tensor, "_ E"], codes: Int[np.ndarray, "h w"]) -> PIL.Image.Image:
+        """The picture of the vectors that are expected where codes were made, and of the codes elsewhere."""
+        image = self.joint.image
+        own = image.codebook[torch.from_numpy(codes)].to(vectors.device)
+        made = torch.from_numpy(given.regenerate)[..., None].to(vectors.device)
+        mixed = torch.where(made, vectors.view(own.shape), own)
+        return image.decode_vectors(mixed, MODALITIES[given.request.domain].gray)
 
     def _scorer(self, n_times: int, seed: int, batch_size: int, progress: Callable[[int], None] | None) -> Scorer:
         return Scorer(

@@ -25,7 +25,7 @@ from medim.given import Request, check_view, completed, read_name, read_source
 from medim.model.backbone import BackboneOptions
 from medim.model.gates import CrossGates, Gated, Marks, alibi
 from medim.model.medim import MeDiMModel, ModelOptions
-from medim.pipeline import MeDiM
+from medim.pipeline import MeDiM, Sample
 from medim.sampling import Plan, Sampling
 from medim.tokenization.joint import JointTokenizer
 from medim.vocabulary import MODALITIES, Modality, Vocabulary
@@ -209,6 +209,28 @@ def test_guidance_weights_of_segments(model: MeDiM) -> None:
     assert made(300.0, t1_axial=0, ct=1, report=0) != made(300.0)
     with pytest.raises(ValueError, match="from 0 on"):
         Sampling(weights={"report": -1.0})
+
+
+def test_a_translation_by_what_is_expected(model: MeDiM) -> None:
+    """The same codes, another picture; that of the codes where the model is sure, and of what is given anywhere."""
+
+    def made(mean: bool, **request: Any) -> Sample:
+        how = Sampling(image=Plan("confidence", steps=3, temperature=0.0), mean=mean)
+        task = "translate" if "sources" in request else "inpaint"
+        return next(model.generate(task, [Request("r", "mri", (0, 0), view="gm axial", **request)], sampling=how))
+
+    sources = (Image("mri", picture(0), "t1 axial"),)
+    drawn, expected = made(False, sources=sources), made(True, sources=sources)
+    assert np.array_equal(drawn.codes, expected.codes) and drawn.image.tobytes() != expected.image.tobytes()
+    assert expected.stats["plan"] == "image:confidence/3 mean"
+    head = model.model.output_weight
+    with torch.no_grad():
+        head.mul_(1e4)
+        try:
+            for part in ({"sources": sources}, {"image": picture(0), "box": (0, 0, 20, 20)}):
+                assert made(False, **part).image.tobytes() == made(True, **part).image.tobytes()
+        finally:
+            head.div_(1e4)
 
 
 def test_sample_py_translates(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,6 +34,22 @@ class Cost:
     row_passes: list[int] = field(default_factory=list)
 
 
+@dataclass
+class Means:
+    """What the model expects at each position, as a vector: sum_v p(v) table[v], p that of the pass that revealed it.
+
+    Of all vectors it has the least expected squared error, which no drawn value has: a point estimate, not a sample.
+
+    Attributes:
+        table: [C, E], the vectors of the ids from `start` on: the columns of one group.
+        values: [B, L, E], filled by `sample`; 0 at positions that were not revealed.
+    """
+
+    table: Float[Tensor, "C E"]
+    start: int
+    values: Float[Tensor, "B L E"] | None = None
+
+
 @torch.no_grad()
 def sample(
     denoiser: Denoiser,
@@ -47,6 +63,7 @@ def sample(
     order: Int[Tensor, "B L"] | None = None,
     schedule: Schedule = LINEAR,
     cost: Cost | None = None,
+    means: Means | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Int[Tensor, "B L"]:
     """Fill the positions of `generate`; all others keep their ids.
@@ -64,6 +81,7 @@ def sample(
         order: rank of each position for ``halton``, -1 where it has none; see `halton_order`.
         schedule: the denoiser's own, that of its training: translates shares of masked positions into its noise levels.
         cost: is added to.
+        means: gets the expected vector of each position of its columns, after guidance and before the temperature.
         progress: called with (passes done, passes in all at most) after each pass.
 
     Returns:
@@ -82,7 +100,8 @@ def sample(
     unknown = (~generate & (canvas == mask_id)).float()
     groups = groups_of(denoiser, generate)
     parts = [
-        _Part(p, where, groups, Uniform(seeds, where, number), schedule, order) for number, (p, where) in plans.items()
+        _Part(p, where, groups, Uniform(seeds, where, number), schedule, order, means)
+        for number, (p, where) in plans.items()
     ]
     passes = max(part.walk.steps for part in parts)
     two_branches = [any(flags) for flags in zip(*(part.guided(passes) for part in parts), strict=True)]
@@ -171,8 +190,11 @@ class _Part:
         uniform: Uniform,
         schedule: Schedule,
         order: Int[Tensor, "B L"] | None,
+        means: Means | None = None,
     ) -> None:
-        self.plan, self.where, self.uniform = plan, where, uniform
+        self.plan, self.where, self.uniform, self.means = plan, where, uniform, means
+        if means is not None and means.values is None:
+            means.values = means.table.new_zeros(*where.shape, means.table.shape[1])
         self.n = where.sum(1).clamp(min=1)
         self.walk: Walk = REVEALS[plan.name](plan, where, uniform, schedule, order)
         self.pieces = [(g, *piece) for g, group in enumerate(groups) if (piece := self._piece(group)) is not None]
@@ -203,6 +225,8 @@ class _Part:
         if self.plan.patience is not None:
             stop = self._settled(masked, seen).unsqueeze(1) & masked
             chosen, value = chosen | stop, torch.where(stop, seen.best, value)
+        if self.means is not None:
+            self._expect(chosen, t, log_p)
         again = self.walk.remask(k, masked)
         ids = torch.where(chosen, value, ids)
         return ids if again is None else torch.where(again, mask_id, ids)
@@ -212,17 +236,34 @@ class _Part:
         u = self.uniform(VALUES + 2 * k).flatten()
         share = (masked.sum(1) / self.n).unsqueeze(1).expand(masked.shape).flatten()
         flat: list[Tensor] = []
-        for g, take, rows, start in self.pieces:
-            with_c, without = log_p[g] if take is None else (x if x is None else x[take] for x in log_p[g])
-            assert with_c is not None
-            if without is not None and self.plan.guidance:
-                with_c = guide(with_c, without, self.plan.scale(t.flatten()[rows]))
+        for piece in self.pieces:
+            _, _, rows, start = piece
+            with_c = self._guided(piece, t, log_p)
             seen = observe(with_c, u[rows], share[rows], start, self.plan)
             columns = (seen.value, seen.score, seen.best, seen.top, seen.entropy)
             flat = flat or [torch.zeros(masked.numel(), dtype=c.dtype, device=c.device) for c in columns]
             for whole, column in zip(flat, columns, strict=True):
                 whole[rows] = column
         return Seen(*(whole.view(masked.shape) for whole in flat))
+
+    def _guided(self, piece: tuple[int, Tensor | None, Tensor, int], t: Tensor, log_p: LogP) -> Tensor:
+        """log p of the rows of a piece, guided."""
+        g, take, rows, _ = piece
+        with_c, without = log_p[g] if take is None else (x if x is None else x[take] for x in log_p[g])
+        assert with_c is not None
+        if without is None or not self.plan.guidance:
+            return with_c
+        return guide(with_c, without, self.plan.scale(t.flatten()[rows]))
+
+    def _expect(self, chosen: Tensor, t: Tensor, log_p: LogP) -> None:
+        """Note the expected vectors of the positions that a pass reveals."""
+        assert self.means is not None and self.means.values is not None
+        for piece in self.pieces:
+            _, _, rows, start = piece
+            if start == self.means.start:
+                values, table = self.means.values.flatten(0, 1), self.means.table
+                mean = self._guided(piece, t, log_p).exp().to(table.dtype) @ table
+                values[rows] = torch.where(chosen.flatten()[rows].unsqueeze(1), mean, values[rows])
 
     def _settled(self, masked: Tensor, seen: Seen) -> Tensor:
         """The rows whose most probable values have stayed the same for long enough, and are probable enough."""

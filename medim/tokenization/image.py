@@ -292,6 +292,12 @@ class VQTokenizer(nn.Module):
             return tensor_to_image(self.codes_to_pixels(codes[None])[0], gray)
         return [tensor_to_image(pixels, gray) for pixels in self.codes_to_pixels(codes)]
 
+    @torch.no_grad()
+    def decode_vectors(self, vectors: Float[Tensor, "h w E"], gray: bool = False) -> PIL.Image.Image:
+        """A picture from a vector a code, which need not be one of the codebook's."""
+        latent = vectors.to(self.device).movedim(-1, 0)[None]
+        return tensor_to_image(self.latent_to_pixels(latent)[0].clamp(-1.0, 1.0), gray)
+
     # Folders ------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | Path, manifest: Mapping[str, Any] | None = None) -> None:

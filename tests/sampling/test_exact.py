@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from medim.diffusion import Schedule
-from medim.sampling import REVEALS, Plan, sample
+from medim.sampling import REVEALS, Means, Plan, sample
 
 ROOT = Path(__file__).parents[2]
 spec = importlib.util.spec_from_file_location("make_sampling_tables", ROOT / "docs" / "make_sampling_tables.py")
@@ -51,6 +51,28 @@ def test_a_plan_is_as_exact_as_it_claims_and_as_the_page_says(name: str, table: 
     claim, passes, *figures = table[name]
     assert (claim, int(passes)) == ("yes" if tables.exact(entry) else "no", free.passes)
     assert [float(figure) for figure in figures[:2]] == pytest.approx([free.tv, tied.tv], abs=0.01)
+
+
+@pytest.mark.parametrize("generated", [[True] * 3, [True, False, True]])
+def test_expected_vectors(toy: Callable[..., Any], generated: list[bool]) -> None:
+    """In one pass those of the marginals; over exact draws in several passes the same in the mean (tower rule)."""
+    it, table = toy(), torch.randn(4, 2, generator=torch.Generator().manual_seed(1))
+    given = torch.tensor([4 if made else 2 for made in generated])
+    generate, canvas = torch.tensor(generated).expand(ROWS, 3), given.expand(ROWS, 3)
+    wanted = it.marginals(given[None])[0] @ table
+    wanted[~torch.tensor(generated)] = 0
+    for plan, tolerance in (
+        (Plan("confidence", steps=1, temperature=0.0), 1e-5),
+        (Plan("ancestral", steps=None), 0.03),
+    ):
+        means = Means(table, 0)
+        sample(it, canvas, generate, plan, mask_id=4, generator=torch.Generator().manual_seed(0), means=means)
+        assert means.values is not None
+        assert torch.allclose(means.values.mean(0), wanted, atol=tolerance)
+    assert means.values.std(0).max() > 0.01  # what was revealed before is known
+    other = Means(table, 7)  # the columns of no group
+    sample(it, canvas[:2], generate[:2], plan, mask_id=4, generator=torch.Generator().manual_seed(0), means=other)
+    assert other.values is not None and not other.values.any()
 
 
 def test_the_page_lists_every_plan_and_no_other(table: dict[str, list[str]]) -> None:
