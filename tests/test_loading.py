@@ -56,8 +56,8 @@ def logits(model: MeDiMModel) -> torch.Tensor:
 
 
 def same(model: MeDiMModel, wanted: torch.Tensor) -> None:
-    """To 1e-5 of the largest logit."""
-    assert float((logits(model) - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())
+    """To 3e-5 of the largest logit."""
+    assert float((logits(model) - wanted).abs().max()) <= 3e-5 * float(wanted.abs().max())
 
 
 def one_line(capsys: pytest.CaptureFixture[str], *words: str) -> None:
