@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,8 +46,6 @@ class PictureOptions:
         mirror: mirror every second picture.
         rotate: turn tiles by multiples of 90 degrees.
         augment: turn, move, scale and recolour each picture a little, as `medim prepare --views` does.
-        weights: how often pictures are drawn, by their modality or a word of their view, as against 1 for all others:
-            of the source of a translation more must be kept than of what is made of it.
         limit: use so many pictures at most; 0 uses all.
     """
 
@@ -59,7 +56,6 @@ class PictureOptions:
     mirror: bool = True
     rotate: bool = True
     augment: bool = False
-    weights: dict[str, float] = field(default_factory=dict)
     limit: int = 0
 
 
@@ -151,29 +147,9 @@ def open_pictures(o: PictureOptions, resolution: int, seed: int, fit: Fit = "cro
         resolution,
         fit,
         seed,
-        _drawing(train, o.weights),
+        lambda rng: train[rng.integers(len(train))],
         lambda count: _by_modality(test, count, seed),
     )
-
-
-def _drawing(images: Sequence[Image], weights: Mapping[str, float]) -> Callable[[np.random.Generator], Image]:
-    """How training pictures are drawn.
-
-    Raises:
-        UserError: a weight that no picture has, or below 0.
-    """
-    if not weights:
-        return lambda rng: images[int(rng.integers(len(images)))]
-    words = [{one.modality, *one.view.lower().split()} for one in images]
-    for name, weight in weights.items():
-        if not any(name in each for each in words):
-            raise UserError(f"data.weights.{name}: no picture is of that modality or view")
-        if not 0 <= weight < math.inf:
-            raise UserError(f"data.weights.{name}={weight}: a number from 0 on")
-    each = np.array([math.prod(weights.get(word, 1.0) for word in own) for own in words])
-    if not each.sum():
-        raise UserError("data.weights: no picture is left")
-    return lambda rng: images[int(rng.choice(len(images), p=each / each.sum()))]
 
 
 def _draw_embedded(rng: np.random.Generator) -> Image:

@@ -417,28 +417,6 @@ def test_a_reader_is_a_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         open_pictures(replace(o, options={"value": "x"}), 32, 0)
 
 
-def test_some_pictures_may_be_drawn_oftener(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from medim.data.sources import Source
-    from medim.data.sources.demo import DemoOptions
-
-    views = ("t1 axial", "gm axial", "gm coronal")
-
-    def read(root: Path, o: Any) -> Any:
-        images = tuple(Image("mri", PIL.Image.new("L", (32, 32), 10 * n), view) for n, view in enumerate(views))
-        yield Study("s", "p", images, "", split="train")
-        yield Study("h", "p", images[:1], "", split="test")
-
-    monkeypatch.setitem(vq_data.SOURCES, "fake", Source(read, DemoOptions, "", ""))
-    o = PictureOptions(source="fake", root=str(tmp_path), weights={"t1": 6.0, "coronal": 2.0})
-    draw, rng = open_pictures(o, 32, 0).draw, np.random.default_rng(0)
-    drawn = [draw(rng).view for _ in range(3000)]
-    for view, share in zip(views, (6 / 9, 1 / 9, 2 / 9), strict=True):
-        assert drawn.count(view) / 3000 == pytest.approx(share, abs=0.03)
-    for weights, said in (({"t9": 1.0}, "no picture is of"), ({"t1": -1.0}, "from 0 on"), ({"mri": 0.0}, "is left")):
-        with pytest.raises(UserError, match=said):
-            open_pictures(replace(o, weights=weights), 32, 0)
-
-
 def test_sources_that_cannot_be(tmp_path: Path) -> None:
     for wrong, said in (
         ({"source": "nowhere"}, r"data\.source=nowhere: unknown; one of demo, images"),
