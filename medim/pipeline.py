@@ -31,6 +31,7 @@ from medim.model.denoiser import BoundDenoiser
 from medim.model.medim import MeDiMModel
 from medim.pictures import Pixels
 from medim.sampling import Cost, Means, Plan, Sampling, halton_order, sample
+from medim.spinning import mean_of, spun
 from medim.template import Forbidding
 from medim.tokenization.joint import JointTokenizer
 from medim.vocabulary import MODALITIES
@@ -212,6 +213,10 @@ class MeDiM:
         if task not in TASKS:
             raise UserError(f"unknown task {task!r}: one of {', '.join(TASKS)}")
         self._check(task, requests, sampling)
+        if task == "translate" and sampling.spin > 1:
+            if sampling.spin > (code := self.joint.image.downsampling):
+                raise UserError(f"spin={sampling.spin}: a code of {self.name} is {code} pixels wide: at most {code}")
+            return self._spun(requests, batch_size, sampling, progress, note)
 
         def samples() -> Iterator[Sample]:
             given = (self._read(task, request, batch_size) for request in requests)
@@ -221,6 +226,26 @@ class MeDiM:
                     progress(len(batch))
 
         return samples()
+
+    def _spun(
+        self,
+        requests: Sequence[Request],
+        batch_size: int,
+        sampling: Sampling,
+        progress: Callable[[int], None] | None,
+        note: Callable[[str], None] | None,
+    ) -> Iterator[Sample]:
+        """Translations, each the mean over shifted sources (`medim.spinning`)."""
+        spin, code, plain = sampling.spin, self.joint.image.downsampling, replace(sampling, spin=1)
+        together = max(1, batch_size // spin**2)
+        for first in range(0, len(requests), together):
+            some = [spun(one, self.joint.image, spin) for one in requests[first : first + together]]
+            flat = [one for each in some for one in each]
+            made = self.generate("translate", flat, batch_size=batch_size, sampling=plain, note=note)
+            for _ in some:
+                yield mean_of(list(itertools.islice(made, spin**2)), spin, code)
+            if progress is not None:
+                progress(len(some))
 
     def _check(self, task: Task, requests: Sequence[Request], sampling: Sampling) -> None:
         limit = self.model.config.backbone.get("max_position_embeddings") or math.inf

@@ -159,6 +159,8 @@ class Sampling:
             without one share the weight 1. Each name costs a branch more in every guided pass.
         mean: decode an image from the vector that the model expects of each code instead of the code: the estimate of
             least squared error, for translation by PSNR. No sample: soft where the model is not sure.
+        spin: of translations: the mean of this many squared, of sources moved by fractions of a code, moved back
+            (`medim.spinning`); 1: the source as it lies.
     """
 
     report: Plan = Plan("ancestral", steps=16)
@@ -167,6 +169,7 @@ class Sampling:
     refresh: int = 1
     weights: dict[str, float | int] = field(default_factory=dict)
     mean: bool = False
+    spin: int = 1
 
     def __post_init__(self) -> None:
         for name, weight in self.weights.items():
@@ -176,6 +179,8 @@ class Sampling:
             raise ValueError(f"unknown order {self.order!r}: one of {', '.join(get_args(Order))}")
         if self.refresh < 1:
             raise ValueError(f"refresh={self.refresh}: at least 1, which is exact")
+        if self.spin < 1:
+            raise ValueError(f"spin={self.spin}: at least 1, which moves nothing")
 
     @classmethod
     def read(cls, path: str | Path) -> Sampling:
