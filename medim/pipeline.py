@@ -313,7 +313,11 @@ class MeDiM:
             yield Sample(*about, given.view, given.sources)
 
     def _fill(
-        self, batch: Sequence[Given], sampling: Sampling, note: Callable[[str], None] | None, means: Means | None
+        self,
+        batch: Sequence[Given],
+        sampling: Sampling,
+        note: Callable[[str], None] | None,
+        means: Means | None = None,
     ) -> tuple[Int[Tensor, "B L"], Cost, dict[str, float]]:
         """The ids of the filled rows, what it cost, the largest guidance used and, if any, the drift of memory."""
         canvas, generate, rule = self._canvas([given.draft for given in batch])
@@ -437,7 +441,7 @@ class MeDiM:
         return total.tolist()
 
     def _decode(
-        self, given: Given, ids: np.ndarray, expected: Float[Tensor, "L E"] | None
+        self, given: Given, ids: np.ndarray, expected: Float[Tensor, "L E"] | None = None
     ) -> tuple[PIL.Image.Image | None, tuple[tuple[str, bool], ...], np.ndarray]:
         """Picture, report piece by piece, and codes of a filled row."""
         segment, codes, picture = given.draft.row.segment, given.codes, given.picture
