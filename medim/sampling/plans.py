@@ -179,8 +179,10 @@ class Sampling:
             raise ValueError(f"unknown order {self.order!r}: one of {', '.join(get_args(Order))}")
         if self.refresh < 1:
             raise ValueError(f"refresh={self.refresh}: at least 1, which is exact")
-        if self.spin < 1:
-            raise ValueError(f"spin={self.spin}: at least 1, which moves nothing")
+        if not isinstance(self.spin, int) or self.spin < 1:
+            raise ValueError(f"spin={self.spin}: a whole number from 1, which moves nothing")
+        if not isinstance(self.mean, bool):
+            raise ValueError(f"mean={self.mean}: true or false")
 
     @classmethod
     def read(cls, path: str | Path) -> Sampling:
