@@ -195,10 +195,10 @@ def _main(argv: Sequence[str]) -> None:
     for arm, mine in found.items():
         cells = [spread([each[k] for each in mine], d) if k in mine[0] else "-" for k, (_, d) in FIGURES.items()]
         rows.append([arm, *cells])
-    every = {name: value for mine in found.values() for name, value in mine[0].items()}
-    for end in ("floor", "ceiling"):
-        values = {k: every.get(f"{k}_{end}") for k in FIGURES}
-        rows.append([end, *("-" if (v := values[k]) is None else f"{v:.{d}f}" for k, (_, d) in FIGURES.items())])
+    every = [one for mine in found.values() for one in mine]
+    for end in ("floor", "ceiling"):  # of text by the text that was made: the mean over all
+        values = {k: [one[f"{k}_{end}"] for one in every if f"{k}_{end}" in one] for k in FIGURES}
+        rows.append([end, *(f"{np.mean(values[k]):.{d}f}" if values[k] else "-" for k, (_, d) in FIGURES.items())])
     print(table(rows))
     finish("medm2g", found, argv=argv, device="cpu", seed=0)
 
