@@ -26,9 +26,10 @@ from medim.vocabulary import KINDS
 
 T_BINS = 10
 BESIDE = ("align", "invariance")
-Task = Literal["pair", "report", "image", "translate"]
+Task = Literal["joint", "pair", "report", "image", "translate"]
 # the roles that have t=0; of the images of `translate`, all but one
 GIVEN: dict[Task, tuple[str, ...]] = {
+    "joint": (),
     "pair": (),
     "report": ("image",),
     "image": ("report",),
@@ -41,8 +42,9 @@ class ObjectiveOptions:
     """What is learnt, and how it is weighed.
 
     Attributes:
-        tasks: mixture weights; ``pair`` draws an independent noise level for each segment, ``report`` is given all
-            images, ``image`` the report, ``translate`` all but one of the images, and the report.
+        tasks: mixture weights; ``joint`` draws one noise level for all segments (MeDiM's), ``pair`` an independent one
+            for each, ``report`` is given all images, ``image`` the report, ``translate`` all but one of the images, and
+            the report.
         condition_dropout: probability that what is given is wholly masked instead (trains guidance).
         condition_attention: whether given segments attend to generated ones (``full``, the paper's) or only to each
             other (``prefix``: sampling computes them once).
@@ -52,6 +54,8 @@ class ObjectiveOptions:
         snr_clamp: the largest weight of ``min_snr``; the others ignore it.
         modality_weights: factor on text and on image positions, both in the loss and in the count that divides it.
         min_t: the smallest noise level drawn: the bound's weight has a pole at t=0.
+        stratified: over the global batch, noise levels are spread evenly over [min_t, 1]; else they are independent.
+        first_sentence: probability that the first sentence of a study's report is given (MeDiM's prompt: 0.1).
         align: weight of `info_nce` between each study's report and one of its images, each in a pass of its own; needs
             `model.embed`. Candidates are the pairs of a part of the batch (`train.accumulate`), over all processes.
         invariance: weight of `barlow_twins` between two of an image's stored views (`medim prepare --views`).
@@ -66,6 +70,8 @@ class ObjectiveOptions:
     snr_clamp: float = pydantic.Field(default=5.0, gt=0)
     modality_weights: dict[Literal["text", "image"], float] = field(default_factory=lambda: {"text": 1.0, "image": 1.0})
     min_t: float = 1e-3
+    stratified: bool = True
+    first_sentence: Annotated[float, pydantic.Field(ge=0, le=1)] = 0.0
     align: Annotated[float, pydantic.Field(ge=0)] = 0.0
     invariance: Annotated[float, pydantic.Field(ge=0)] = 0.0
 
@@ -134,7 +140,7 @@ def noise_levels(
     """Noise levels t [B, S] of some places of a global batch, and which segments are supervised (bool [B, S]).
 
     t is stratified over the global batch, for each segment by itself: over all places, segment s takes one value in
-    each of `batch_size` equal parts of [0, 1].
+    each of `batch_size` equal parts of [0, 1]. Of task ``joint``, all segments take the value of the first.
     """
     rng = np.random.default_rng([seed, 1, step])
     names = list(o.tasks)
@@ -143,9 +149,13 @@ def noise_levels(
     dropped = rng.random(batch_size) < o.condition_dropout
     slots = roles.shape[1]
     strata = np.stack([(rng.permutation(batch_size) + rng.random(batch_size)) / batch_size for _ in range(slots)], 1)
+    if not o.stratified:
+        strata = np.random.default_rng([seed, 6, step]).random((batch_size, slots))
     wanted = rng.random(batch_size)  # which image a translation makes
     here = np.asarray(places)
     t = o.min_t + (1 - o.min_t) * strata[here]
+    if "joint" in names:
+        t = np.where((tasks[here] == names.index("joint"))[:, None], t[:, :1], t)
     given = np.zeros_like(t, dtype=bool)
     for number, name in enumerate(names):
         asked = (tasks[here] == number)[:, None]
@@ -160,9 +170,19 @@ def noise_levels(
 
 
 def make_batch(
-    canvas: Canvas, places: Sequence[int], batch_size: int, step: int, seed: int, o: ObjectiveOptions, mask_id: int
+    canvas: Canvas,
+    places: Sequence[int],
+    batch_size: int,
+    step: int,
+    seed: int,
+    o: ObjectiveOptions,
+    mask_id: int,
+    stops: Sequence[int] = (),
 ) -> Batch:
-    """Noise the studies of `canvas`, which stand at `places` of the global batch of a step, padded or packed."""
+    """Noise the studies of `canvas`, which stand at `places` of the global batch of a step, padded or packed.
+
+    `stops`: the ids that end a sentence, for `ObjectiveOptions.first_sentence`.
+    """
     segment, study, position = canvas.segment.numpy(), canvas.study.numpy(), canvas.position.numpy()
     here = segment >= 0
     owner = np.zeros_like(canvas.role.numpy())  # the study of each segment of a row
@@ -187,6 +207,9 @@ def make_batch(
     alpha = Schedule(o.schedule, o.schedule_power).alpha(torch.from_numpy(level)).numpy()
     masked = (noise[study, position] < 1 - alpha) & here
     learning = here & np.take_along_axis(supervised, at, 1)
+    if o.first_sentence:
+        kept = np.array([np.random.default_rng([seed, 7, step, place]).random() < o.first_sentence for place in places])
+        masked &= ~(kept[study] & learning & first_sentences(canvas, stops))
     scored = (masked & learning).ravel()
     clean, kind = canvas.ids.numpy(), canvas.kind.numpy().ravel()
     rows = tuple(np.flatnonzero(scored & (kind == number)) for number in range(len(KINDS)))
@@ -197,6 +220,18 @@ def make_batch(
         targets=tuple(torch.from_numpy(clean.ravel()[r]) for r in rows),
         given=canvas.outside(torch.from_numpy(learning)) if o.condition_attention == "prefix" else None,
     )
+
+
+def first_sentences(canvas: Canvas, stops: Sequence[int]) -> Bool[np.ndarray, "B L"]:
+    """The positions of each report up to the first id among `stops`; of a report without one, none."""
+    ids, segment, role = canvas.ids.numpy(), canvas.segment.numpy(), canvas.role.numpy()
+    report = (segment >= 0) & (np.take_along_axis(role, np.clip(segment, 0, None), 1) == ROLES.index("report"))
+    found = np.zeros_like(report)
+    for row, number in zip(*np.nonzero(role == ROLES.index("report")), strict=True):
+        where = np.flatnonzero(report[row] & (segment[row] == number))
+        ends = np.flatnonzero(np.isin(ids[row, where], stops))
+        found[row, where[: ends[0] + 1 if len(ends) else 0]] = True
+    return found
 
 
 def count(batch: Batch, o: ObjectiveOptions) -> float:

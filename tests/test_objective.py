@@ -138,6 +138,51 @@ def test_tasks_come_as_often_as_they_weigh() -> None:
     assert abs((t[given] == 1).mean() - 0.25) < 4 * math.sqrt(0.25 * 0.75 / k)
 
 
+def test_joint_gives_all_segments_one_level_spread_over_the_batch() -> None:
+    o = ObjectiveOptions(tasks={"joint": 1.0}, min_t=0.01)
+    t, supervised = noise_levels(np.tile(BOTH, (64, 1)), range(64), 64, 3, 0, o)
+    assert supervised.all() and (t[:, 0] == t[:, 1]).all()
+    assert sorted(((t[:, 0].astype(np.float64) - 0.01) / 0.99 * 64).astype(int)) == list(range(64))
+    mixed = ObjectiveOptions(tasks={"joint": 1.0, "pair": 1.0}, condition_dropout=0.0)
+    t, _ = noise_levels(np.tile(BOTH, (4000, 1)), range(4000), 4000, 0, 0, mixed)
+    same = t[:, 0] == t[:, 1]
+    assert abs(same.mean() - 0.5) < 4 * math.sqrt(0.25 / 4000)
+    assert abs(np.corrcoef(t[~same].T)[0, 1]) < 0.1
+
+
+def test_levels_that_are_not_stratified_are_independent() -> None:
+    """Of n uniform numbers, n (1 - 1/n)^n strata stay empty in the mean; of stratified ones, none."""
+    n = 2000
+    t, _ = noise_levels(np.tile(BOTH, (n, 1)), range(n), n, 0, 0, ObjectiveOptions(tasks={"pair": 1}, stratified=False))
+    empty = n - len(set((t[:, 0].astype(np.float64) * n).astype(int)))
+    assert abs(empty / n - math.exp(-1)) < 0.05
+    part, _ = noise_levels(
+        np.tile(BOTH, (2, 1)), [7, 3], n, 0, 0, ObjectiveOptions(tasks={"pair": 1}, stratified=False)
+    )
+    assert (part == t[[7, 3]]).all()
+
+
+def test_a_first_sentence_that_is_given_is_clean_and_not_learnt(make_rows: Any, vocabulary: Vocabulary) -> None:
+    rows = make_rows(LENGTHS)
+    stop = int(rows[0].ids[rows[0].segment == 1][2])  # the third id of the first report ends a sentence
+    o = ObjectiveOptions(tasks={"joint": 1.0}, first_sentence=1.0)
+    for canvas in (Canvas.collate(rows, 0), Canvas.pack(rows, 0, 64)):
+        found = make_batch(canvas, range(8), 8, 0, 0, o, vocabulary.mask, [stop])
+        never = make_batch(canvas, range(8), 8, 0, 0, replace(o, first_sentence=0.0), vocabulary.mask, [stop])
+        for number, row in enumerate(rows):
+            here = (canvas.study == number) & canvas.has_role("report")
+            report = row.ids[row.segment == 1].tolist()
+            size = report.index(stop) + 1 if stop in report else 0
+            assert found.canvas.ids[here].tolist()[:size] == report[:size]
+            assert torch.equal(found.canvas.ids[here][size:], never.canvas.ids[here][size:])
+            lost = set(never.rows[0].tolist()) - set(found.rows[0].tolist())
+            assert not set(here.flatten().nonzero().flatten()[:size].tolist()) & set(found.rows[0].tolist())
+            assert lost <= set(canvas.has_role("report").flatten().nonzero().flatten().tolist())
+    half = replace(o, first_sentence=0.1)
+    drawn = [np.random.default_rng([0, 7, 0, place]).random() < half.first_sentence for place in range(4000)]
+    assert abs(np.mean(drawn) - 0.1) < 4 * math.sqrt(0.09 / 4000)
+
+
 def test_a_row_without_anything_else_to_learn_has_no_condition() -> None:
     roles = np.array([[ROLES.index("image"), -1], [ROLES.index("image"), ROLES.index("report")]])
     t, supervised = noise_levels(roles, [0, 1], 2, 0, 0, only(report=1.0))

@@ -55,7 +55,7 @@ def prepare(argv: Sequence[str]) -> int:
     parser.add_argument("--fit", choices=("crop", "pad"), default=None, help="to a square (default: the tokenizer's)")
     parser.add_argument("--shard", default=None, metavar="I/N", help="write only the shards I, I+N, I+2N, ...")
     parser.add_argument("--shard-size", type=int, default=5000, help="studies a shard (5000)")
-    parser.add_argument("--batch-size", type=int, default=32, help="studies encoded at once (32)")
+    parser.add_argument("--batch-size", type=int, default=32, help="studies read, and pictures encoded, at once (32)")
     parser.add_argument("--workers", type=int, default=None, help="threads that read ahead (8 with CUDA, else 0)")
     parser.add_argument("--max-broken", type=float, default=1.0, metavar="PERCENT", help="of unreadable studies (1)")
     parser.add_argument("--limit", type=int, default=None, help="only the first so many studies, to try it")

@@ -271,7 +271,10 @@ def _write_shard(
                 skipped += [{"id": b.id, "file": b.file, "reason": b.reason} for b in one.broken]
                 broken += 1
         pictures = [picture for one in rows_now for picture in one.prepared]
-        codes = iter(how.tokenizer.encode(pictures).cpu().numpy().astype(np.uint16) if pictures else ())
+        parts = [pictures[i : i + how.batch_size] for i in range(0, len(pictures), how.batch_size)]
+        codes = itertools.chain.from_iterable(
+            how.tokenizer.encode(part).cpu().numpy().astype(np.uint16) for part in parts
+        )
         for one in rows_now:
             row = _row(one, [next(codes).ravel() for _ in one.prepared], how)
             _preview(previews, rows, row, one.prepared[:: how.views])

@@ -17,6 +17,7 @@ from medim.errors import UserError
 
 PRE_NORM = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
 SANDWICH = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+AdaLNStart = Literal["identity", "random"]
 SIGMA_EPS = 1e-3  # MDLM's log-linear schedule never masks everything
 
 
@@ -72,10 +73,17 @@ class AdaLN(nn.Module):
         self.linear = nn.Linear(dim, 6 * hidden_size)
         self.reset()
 
-    def reset(self) -> None:
-        """Make the layer the pretrained one."""
-        nn.init.zeros_(self.linear.weight)
+    def reset(self, start: AdaLNStart = "identity") -> None:
+        """Make the layer the pretrained one, or draw it as MeDiM's authors do: their gate multiplies the branch itself
+        and is drawn about 0, which is a bias of -1 to ours.
+        """
         nn.init.zeros_(self.linear.bias)
+        if start == "identity":
+            nn.init.zeros_(self.linear.weight)
+            return
+        nn.init.normal_(self.linear.weight, std=0.02)
+        with torch.no_grad():
+            self.linear.bias.view(2, 3, -1)[:, 2] = -1.0
 
     def attach(self, layer: nn.Module) -> None:
         """Hook a pre-norm decoder layer (Llama's names), or one with norms around each branch (Gemma 2 and 3).

@@ -23,7 +23,7 @@ from medim.canvas import Canvas
 from medim.config import options
 from medim.diffusion import Schedule, ScheduleName
 from medim.errors import UserError
-from medim.model.adaln import AdaLN, TimeEmbedding, TimeOptions
+from medim.model.adaln import AdaLN, AdaLNStart, TimeEmbedding, TimeOptions
 from medim.model.attention import attention_of, hidden_keys, key_mask, within
 from medim.model.backbone import (
     BackboneOptions,
@@ -53,6 +53,8 @@ class ModelOptions:
     """A model made from scratch.
 
     Attributes:
+        adaln_start: identity: with no effect (at step 0 a pretrained backbone is what it was); random: drawn, each
+            branch multiplied by nearly 0, as MeDiM's authors do.
         places: codes of an image that get a learnt place of their own, added to their embedding; 0 is none.
         logits: where the prediction of a text position is read: at the position itself (plain), or one before it, as an
             autoregressive backbone was trained to (shifted). Image codes are read plainly.
@@ -70,6 +72,7 @@ class ModelOptions:
 
     backbone: BackboneOptions = BackboneOptions()
     adaln_dim: int = 128
+    adaln_start: AdaLNStart = "identity"
     places: int = 0
     logits: Logits = "plain"
     positions: Positions = "row"
@@ -99,6 +102,7 @@ class MeDiMConfig(PreTrainedConfig):
         backbone: dict[str, Any] | None = None,
         vocabulary: dict[str, Any] | None = None,
         adaln_dim: int = 128,
+        adaln_start: AdaLNStart = "identity",
         schedule: ScheduleName = "linear",
         schedule_power: float = 2.0,
         places: int = 0,
@@ -120,6 +124,7 @@ class MeDiMConfig(PreTrainedConfig):
         self.backbone = backbone or {}
         self.vocabulary = vocabulary or {}
         self.adaln_dim = adaln_dim
+        self.adaln_start = adaln_start
         self.schedule = schedule
         self.schedule_power = schedule_power
         self.places = places
@@ -142,7 +147,7 @@ def config_of(o: ModelOptions, vocabulary: Vocabulary) -> MeDiMConfig:
     backbone = config_from_options(o.backbone, vocabulary.size)
     read: Any = SHIFTS[o.logits]
     settings: dict[str, Any] = {"places": o.places, "positions": o.positions, "embed": o.embed, "gates": o.gates}
-    settings |= {"alibi": o.alibi, "read": read}
+    settings |= {"alibi": o.alibi, "read": read, "adaln_start": o.adaln_start}
     config = MeDiMConfig(backbone.to_dict(), vocabulary.to_dict(), o.adaln_dim, **settings)
     config._attn_implementation = o.backbone.attn_implementation
     return config
@@ -248,7 +253,7 @@ class MeDiMModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, AdaLN):
-            module.reset()
+            module.reset(self.config.adaln_start)
         elif isinstance(module, Embedder):
             for name, weight in module.named_parameters():
                 if name == "log_scale":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,6 +24,12 @@ class TextTokenizer:
     def size(self) -> int:
         """Number of text ids, added tokens included."""
         return len(self.tokenizer)
+
+    @functools.cached_property
+    def stops(self) -> tuple[int, ...]:
+        """Ids that end a sentence: those of tokens that end in a full stop, a question or an exclamation mark."""
+        words = self.tokenizer.get_vocab().items()
+        return tuple(sorted(number for word, number in words if word.endswith((".", "?", "!"))))
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without special tokens; one that is spelled out in `text` is letters like any other."""

@@ -239,8 +239,9 @@ class DiffusionTask:
         joint = self.rows.joint
         fill, mask_id = joint.vocabulary.eos, joint.vocabulary.mask
         canvas = Canvas.pack(rows, fill, self.pack) if self.pack else Canvas.collate(rows, fill)
-        batch = make_batch(canvas, places.tolist(), self.batch_size, step, self.seed, self.objective, mask_id)
         o = self.objective
+        stops = joint.text.stops if o.first_sentence else ()
+        batch = make_batch(canvas, places.tolist(), self.batch_size, step, self.seed, o, mask_id, stops)
         more: dict[str, Any] = {}
         for number, (name, weight) in enumerate((("align", o.align), ("invariance", o.invariance)), start=4):
             if weight:

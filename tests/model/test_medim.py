@@ -124,6 +124,26 @@ def test_the_noise_level_matters_only_once_adaln_has_weights(tiny_network: MeDiM
     torch.testing.assert_close(hidden(tiny_network, canvas, 0.2), hidden(tiny_network, canvas, 0.8), atol=1e-6, rtol=0)
 
 
+def test_a_random_start_multiplies_branches_by_a_gate_drawn_about_zero(
+    tiny_network: MeDiMModel, canvas: Canvas
+) -> None:
+    """MeDiM's: x + gate branch(x), so that a layer passes on nearly what it got; the identity's gate is 1 exactly."""
+    for adaln in tiny_network.adaln:
+        assert isinstance(adaln, AdaLN)
+        adaln.reset("random")
+        time = torch.randn(500, 1, adaln.linear.in_features)
+        values = [value.detach() for value in adaln.modulation(time, None)]
+        wanted = 0.02 * adaln.linear.in_features**0.5
+        for value, mean in zip(values, (0, 0, -1, 0, 0, -1), strict=True):
+            assert float(value.mean()) == pytest.approx(mean, abs=0.02)
+            assert float(value.std()) == pytest.approx(wanted, rel=0.3)
+    tiny_network.config.adaln_start = "random"
+    tiny_network.apply(tiny_network._init_weights)  # as a run draws them
+    for adaln in tiny_network.adaln:
+        assert isinstance(adaln, AdaLN)
+        assert float(adaln.linear.weight.detach().std()) == pytest.approx(0.02, rel=0.2)
+
+
 def test_one_positions_level_moves_others(tiny_network: MeDiMModel, canvas: Canvas) -> None:
     levels = torch.full(canvas.ids.shape, 0.5)
     levels[0, 4] = 0.9

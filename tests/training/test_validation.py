@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from medim.canvas import Canvas
+from medim.diffusion import nelbo_tokens
 from medim.objective import ObjectiveOptions, count, loss, make_batch
 from medim.training.validation import NOISE, Validation, ValidationOptions
+from medim.vocabulary import KINDS
 
 LENGTHS = (4, 7, 5, 6, 8, 4, 5)
 DOMAINS = ("xray", "xray", "ct", "xray", "ct", "ct", "xray")
@@ -62,6 +64,36 @@ def test_the_figures_are_those_of_the_objective(
         for kind in ("text", "image"):
             assert (f"{task}/xray/{kind}" in found) == (task in ("pair", {"text": "report", "image": "image"}[kind]))
     assert found["loss"] == pytest.approx(total / number, abs=2e-6)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_bits_a_token_are_those_of_the_bound(
+    schedule: Any, vocabulary: Any, make_rows: Callable[..., Any], tiny_network: Any
+) -> None:
+    """Against `nelbo_tokens`, whose noise and whose integral are others."""
+    rows = make_rows([6, 9] * 1500)
+    tiny_network.config.schedule = schedule
+    o = ValidationOptions(every=1, batch_size=500, tasks=("joint", "report"))
+    validation = Validation(
+        rows, ["xray"] * 3000, o, ObjectiveOptions(schedule=schedule), vocabulary.eos, vocabulary.mask
+    )
+    found = together(validation, tiny_network, 1)
+    canvas = Canvas.collate(rows[:400], vocabulary.eos)
+    for task, kinds in (("joint", ("text", "image")), ("report", ("text",))):
+        generate = canvas.has_role("report") if task == "report" else canvas.segment >= 0
+        nats = nelbo_tokens(
+            tiny_network.denoiser(canvas, generate),
+            canvas.ids,
+            generate,
+            mask_id=vocabulary.mask,
+            n_times=16,
+            generator=torch.Generator().manual_seed(0),
+            schedule=tiny_network.schedule,
+        ).mean(0)
+        for kind in kinds:
+            where = generate & (canvas.kind == KINDS.index(kind))
+            assert found[f"{task}/xray/{kind}/token"] == pytest.approx(float(nats[where].mean()), abs=0.08)
+    assert "joint/xray/text/token" in found and "image/xray/image" not in found
 
 
 def test_the_noise_is_not_the_runs(vocabulary: Any, make_rows: Callable[..., Any], tiny_network: Any) -> None:
