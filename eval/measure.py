@@ -162,9 +162,10 @@ def score(scoring: Scoring, task: TaskName, outputs: Sequence[Output], real: Rea
     if task != "translate":
         figures |= _pairing(scoring, outputs, task, real)
     rows = [_row(number, output, findings, figures) for number, output in enumerate(outputs)]
+    shares = _prevalence(task, findings, real, figures) if findings else {}
     return {
         "figures": {name: figure.plain() for name, figure in figures.items()},
-        "findings": _by_finding(findings[2:]) if findings else {},
+        "findings": _by_finding(findings[2:], shares) if findings else {},
         "failed": int(sum(failures)),
         "rows": rows,
         "sums": {name: figure.sums for name, figure in figures.items() if figure.sums is not None},
@@ -227,8 +228,30 @@ def _seen(outputs: Sequence[Output], domain: str, nothing: dict[str, bool]) -> F
     return [read.get(number, nothing) for number in range(len(outputs))]
 
 
-def _by_finding(pair: Sequence[Findings]) -> dict[str, Any]:
-    return {name: asdict(one) for name, one in coherence.per_finding(*pair).items()}
+def _prevalence(
+    task: TaskName, findings: tuple[Findings, ...], real: Real, figures: dict[str, Figure]
+) -> dict[str, tuple[dict[str, float], dict[str, float]]]:
+    """Of each side that was generated, how often it and the data have each finding; adds a figure a side."""
+    sides = {"drawn": (makes(task)[0], findings[0], real.seen_again), "told": (makes(task)[1], findings[1], real.told)}
+    shares = {}
+    for side, (made, ours, data) in sides.items():
+        if made:
+            shares[side] = coherence.prevalence(ours), coherence.prevalence(data)
+            about = f"share of studies that has a finding, {side}, against the data's: mean difference over findings"
+            gap = coherence.prevalence_gap(ours, data)
+            best = coherence.chance_gap(data, len(ours)) if task == "pair" else 0.0  # else of the very same studies
+            figures[f"prevalence_gap/{side}"] = Figure(gap, len(ours), higher=False, ceiling=best, about=about)
+    return shares
+
+
+def _by_finding(
+    pair: Sequence[Findings], shares: Mapping[str, tuple[dict[str, float], dict[str, float]]]
+) -> dict[str, Any]:
+    """Scores, and the shares of outputs and of real studies that have the finding, by side."""
+    return {
+        name: asdict(one) | {"prevalence": {side: [ours[name], data[name]] for side, (ours, data) in shares.items()}}
+        for name, one in coherence.per_finding(*pair).items()
+    }
 
 
 # --------------------------------------------------------------------------------------------------------------- pairs

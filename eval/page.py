@@ -57,7 +57,18 @@ LABELS = {
 }
 GROUPS = {  # by how the names start; the last takes the rest
     "Outputs": ("failed", "empty"),
-    "Findings": ("coherence", "findings", "rule_", "chexbert", "chexpert", "radgraph", "ratescore", "green", "radcliq"),
+    "Findings": (
+        "coherence",
+        "findings",
+        "prevalence",
+        "rule_",
+        "chexbert",
+        "chexpert",
+        "radgraph",
+        "ratescore",
+        "green",
+        "radcliq",
+    ),
     "Images": (
         "fid",
         "kid",

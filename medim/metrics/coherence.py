@@ -62,6 +62,28 @@ def sums(predicted: Findings, reference: Findings) -> Sums:
     return Sums(np.stack([c.sum(1) for c in counts], axis=1).astype(float), "f1")
 
 
+def prevalence(findings: Findings) -> dict[str, float]:
+    """The share of studies that has each finding.
+
+    Example:
+        >>> prevalence([{"effusion": True, "nodule": False}, {"effusion": False, "nodule": False}])
+        {'effusion': 0.5, 'nodule': 0.0}
+    """
+    return {name: sum(one[name] for one in findings) / len(findings) for name in findings[0]}
+
+
+def prevalence_gap(made: Findings, data: Findings) -> float:
+    """Mean over findings of how far the share of studies that has it is from the data's: 0 is calibrated."""
+    ours, real = prevalence(made), prevalence(data)
+    return _mean([abs(ours[name] - real[name]) for name in real])
+
+
+def chance_gap(data: Findings, studies: int) -> float:
+    """The `prevalence_gap` to expect of so many other studies like the data's: E|X - Y| of shares, taken as normal."""
+    p = np.array(list(prevalence(data).values()))
+    return float(np.sqrt(2 / np.pi * p * (1 - p) * (1 / studies + 1 / len(data))).mean())
+
+
 def shuffled_floor(predicted: Findings, reference: Findings) -> float:
     """Micro-F1 that chance pairing reaches: the mean over all N - 1 cyclic shifts of one list against the other.
 

@@ -60,7 +60,10 @@ def task(name: str, coherence: float | None) -> dict[str, Any]:
             "coherence": figure(coherence, ceiling=0.97, about="micro-F1 of findings", **known),
             "coherence_macro": figure(coherence),
         },
-        "findings": {"cardiomegaly": score(coherence), "left effusion": score(None)},
+        "findings": {
+            "cardiomegaly": score(coherence) | {"prevalence": {"drawn": [0.125, 0.25], "told": [0.5, 0.375]}},
+            "left effusion": score(None),
+        },
         "failed": 0,
         "forward_passes": 170,
         "seconds": 30.0,
@@ -201,6 +204,7 @@ def test_it_says_what_it_shows(results, tmp_path):
     ):
         assert expected in text, expected
     assert "78% of the way from chance to ceiling" in text  # (0.8 - 0.2) / (0.97 - 0.2)
+    assert "drawn 12%, data 25%" in text and "told 50%, data 38%" in text
     assert "xray-pair-00008" not in text  # the first eight only
     assert "None" not in text and "nan" not in text.lower().split()
     assert "score zero" not in text  # nothing failed

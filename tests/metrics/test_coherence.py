@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 
 from medim.metrics import coherence
@@ -89,3 +90,16 @@ def test_nothing_anywhere_is_undefined():
 def test_studies_must_match(predicted, reference, message):
     with pytest.raises(ValueError, match=message):
         coherence.micro(predicted, reference)
+
+
+def test_a_gap_of_prevalence_is_the_mean_difference_and_chance_has_one_too():
+    made, data = rows("ab", "a", "", "b"), rows("a", "a", "ac", "")
+    ours, real = coherence.prevalence(made), coherence.prevalence(data)
+    assert ours["a"] == 0.5 and real["a"] == 0.75 and real["b"] == 0
+    assert coherence.prevalence_gap(made, data) == pytest.approx(np.mean([abs(ours[n] - real[n]) for n in real]))
+    assert coherence.prevalence_gap(data, data) == 0
+    rng, p = np.random.default_rng(0), np.array([0.1, 0.3, 0.5])
+    some = [{name: bool(yes) for name, yes in zip("abc", row, strict=True)} for row in rng.random((400, 3)) < p]
+    drawn = rng.binomial(100, np.array(list(coherence.prevalence(some).values())), (4000, 3)) / 100
+    other = rng.binomial(400, np.array(list(coherence.prevalence(some).values())), (4000, 3)) / 400
+    assert coherence.chance_gap(some, 100) == pytest.approx(float(np.abs(drawn - other).mean()), rel=0.03)
