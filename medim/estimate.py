@@ -68,10 +68,11 @@ class Budget:
     def bytes(self, studies: int) -> Bytes:
         """By kind, on each GPU, with so many studies at a time."""
         rows, found = self.sizes.rows(studies), self.saved
+        alone = studies * sum(self.sizes.alone) / self.sizes.length  # as so many rows more
         kept, logits = head_bytes(self.model, self.sizes.scored(studies), self.bf16)
         return self.lasting | {
             "bf16 copies": found.fixed + found.copies,
-            "activations": found.row * rows + kept,
+            "activations": found.row * (rows + alone) + kept,
             "a block again": found.block * rows * found.again,
             "a block's gradients": found.block * rows,  # of what it saved: at most as many bytes again
             "logits": logits,

@@ -6,6 +6,7 @@ import json
 import re
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from medim.estimate import FREE, Budget, estimate, will_it_fit
 from medim.model.flops import Work, total
 from medim.model.lora import add_lora
 from medim.model.medim import MeDiMModel
-from medim.objective import Batch, loss, make_batch
+from medim.objective import Alone, Batch, loss, make_batch
 from medim.recipe import TrainConfig, make_task
 from medim.training.loop import make_optimizer
 from medim.training.memory import GIB, Sharing, head_bytes
@@ -153,6 +154,38 @@ def test_flops_of_a_step_are_those_counted(mode: str) -> None:
             loss(model, batch_of(budget, model, seed), config.objective).total.backward()
     assert total(budget.computed) == pytest.approx(counter.get_total_flops() / 3, rel=0.05)
     assert 0.5 * total(budget.computed) < total(budget.needed) < total(budget.computed)
+
+
+def test_passes_of_alignment_and_invariance_are_counted() -> None:
+    """Against what torch counts of the objective with both, on canvases of one segment made by hand."""
+    o = ["train.precision=fp32", "train.batch_size=6", "model.embed=8", "objective.align=0.1", "slot.multiple=44"]
+    config = config_of(*o, "objective.invariance=0.1")
+    budget, model = real(config)
+    batch, sizes, vocabulary = batch_of(budget, model), budget.sizes, model.vocabulary
+    rng = np.random.default_rng(1)
+
+    def rows(kind: str) -> Canvas:
+        size, (start, stop) = (sizes.image_codes, vocabulary.image) if kind == "image" else (44, vocabulary.text)
+        name = "xray" if kind == "image" else "text"
+        made = [layout([Segment(kind, name, rng.integers(start, stop, size).tolist())], vocabulary) for _ in range(6)]
+        return Canvas.collate(made, 0)
+
+    groups = torch.zeros(6, dtype=torch.long)
+    both = replace(
+        batch,
+        align=Alone(rows("image"), rows("report"), groups),
+        invariance=Alone(rows("image"), rows("image"), groups),
+    )
+    found = []
+    for one, objective in ((batch, replace(config.objective, align=0.0, invariance=0.0)), (both, config.objective)):
+        with counted() as counter:
+            value = loss(model, one, objective)
+            (value.total + value.beside).backward()
+        found.append(counter.get_total_flops())
+    plain = estimate(config_of(*o[:2]), Sharing())
+    assert total(plain.computed) == pytest.approx(found[0], rel=0.1)
+    assert total(budget.computed) - total(plain.computed) == pytest.approx(found[1] - found[0], rel=0.02)
+    assert budget.bytes(6)["activations"] > 1.5 * plain.bytes(6)["activations"]
 
 
 @pytest.mark.parametrize(("schedule", "attention"), [("linear", "prefix"), ("cosine", "full")])

@@ -126,6 +126,11 @@ class Work:
             rows=tuple(map(len, rows)),
         )
 
+    def __add__(self, other: Work) -> Work:
+        """Both passes."""
+        numbers = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self) if f.name != "rows"}
+        return Work(**numbers, rows=tuple(a + b for a, b in zip(self.rows, other.rows, strict=True)))
+
     def times(self, n: int) -> Work:
         """n such passes."""
         numbers = {field.name: n * getattr(self, field.name) for field in fields(self) if field.name != "rows"}

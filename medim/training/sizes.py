@@ -5,7 +5,9 @@ Shape letters: L canvas length, S segments a row, K codebook size.
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -122,8 +124,28 @@ class Sizes:
             total += odds * (size**2 - given * (size - given))
         return total / sum(tasks.values())
 
+    @property
+    def alone(self) -> list[int]:
+        """Positions of the longest of the segments that a study's alignment and invariance run by themselves."""
+        image, o = self.image_codes + TAGS, self.objective
+        return [image, 1 + self.longest] * bool(o.align) + [image, image] * bool(o.invariance)
+
+    def _alone(self, studies: int, length: int, backend: str) -> Work:
+        """The work of so many rows of one segment; those of reports are as long as the mean one."""
+        size = min(length, 1 + self.report) if length == 1 + self.longest else length
+        skips = backend in ("flash_attention_2", "flex_attention")
+        levels = 2  # its own, and that of tags
+        pairs = size if skips else length
+        row = Work(size, length, size**2, pairs**2, levels, levels * length, (0,) * len(KINDS))
+        return row.times(studies)
+
     def work(self, studies: int, backend: str) -> Work:
         """The work of so many studies in the mean; `backend` as in `Work.of`."""
+        alone = [self._alone(studies, length, backend) for length in self.alone]
+        return functools.reduce(operator.add, alone, self._together(studies, backend))
+
+    def _together(self, studies: int, backend: str) -> Work:
+        """That of their canvases."""
         rows = self.rows(studies)
         attended = round(studies * self._attended())
         skips = backend in ("flash_attention_2", "flex_attention")

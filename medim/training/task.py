@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ from medim.objective import Alone, Batch, Loss, ObjectiveOptions, count, loss, m
 from medim.tokenization.joint import JointTokenizer
 from medim.training.validation import Validation
 from medim.training.weights import Source
-from medim.vocabulary import MODALITIES, view_order
+from medim.vocabulary import KINDS, MODALITIES, view_order
 
 Slots = dict[str, dict[int, int]]
 Views = dict[str, dict[str, int]]
@@ -267,8 +268,13 @@ class DiffusionTask:
         return [str(self.rows.data[s][int(i)]["id"]) for s, i in zip(sources, studies, strict=True)]
 
     def work(self, batch: Batch) -> Work:
-        """What the mathematics must do for a batch."""
-        return Work.of(batch.canvas, batch.rows, self.model.attention_backend, batch.given)
+        """What the mathematics must do for a batch, but for the loss itself."""
+        backend = self.model.attention_backend
+        passes = [Work.of(batch.canvas, batch.rows, backend, batch.given)]
+        for alone in (batch.align, batch.invariance):
+            if alone is not None:
+                passes += [Work.of(canvas, [[]] * len(KINDS), backend, None) for canvas in (alone.images, alone.others)]
+        return functools.reduce(operator.add, passes)
 
     def draw(self, model: nn.Module) -> PIL.Image.Image | None:
         """The contact sheet of a few pairs, always of the same noise."""
