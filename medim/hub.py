@@ -142,7 +142,8 @@ def _of_run(run: Path | None) -> list[str]:
     checked = _lines(run / "validation.jsonl")
     if checked:
         last = checked[-1]
-        told = [(key.replace("/", ", "), value) for key, value in last.items() if key != "step"]
+        named = {key: key.replace("/token", ", bound a token").replace("/", ", ") for key in last if key != "step"}
+        told = [(name, last[key]) for key, name in named.items()]
         parts.append(f"## Validation after {last['step']} steps, nats a masked token\n\n" + _table(told))
     parts.append(f"<details><summary>config</summary>\n\n```yaml\n{(run / 'config.yaml').read_text()}```\n\n</details>")
     parts.append(

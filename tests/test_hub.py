@@ -66,7 +66,7 @@ def trained(tiny_model: Path, tmp_path: Path) -> Path:
     (data / "index.json").write_text(json.dumps({"source": "open-i", "splits": {"train": 2745, "test": 328}}))
     config = {"data": {"path": str(data)}, "seed": 3, "train": {"steps": 70, "batch_size": 8, "lr": 0.0003}}
     (run / "config.yaml").write_text(yaml.safe_dump(config))
-    (run / "metrics.jsonl").write_text('{"step": 70, "loss_text": 1.25, "loss_image": 0.0}\n')
+    (run / "metrics.jsonl").write_text('{"step": 70, "loss_text": 1.25, "loss_image": null}\n')
     (run / "validation.jsonl").write_text(
         '{"step": 50, "loss": 3.5}\n{"step": 70, "loss": 3.25, "pair/xray/text": 3.5}\n'
     )

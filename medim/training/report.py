@@ -248,7 +248,7 @@ class Meter:
         row |= {f"loss_{name}": round(v, 6) for name, v in zip(BESIDE, beside.tolist(), strict=True) if v}
         row |= by_noise(nats.cpu(), positions.cpu()) | {"grad_norm": round(float(norm), 6), "lr": lr}
         row |= self.throughput.row(len(totals) * self.batch_size, (self.log.steps - step) / len(totals))
-        shown = {f"loss {kind}": f"{row[f'loss_{kind}']:.3f}" for kind in KINDS}
+        shown = {f"loss {kind}": "-" if (v := row[f"loss_{kind}"]) is None else f"{v:.3f}" for kind in KINDS}
         shown |= {"samples/s": f"{row['samples_per_s']:.0f}", "left": _clock(row["eta_s"])}
         if "mfu" in row:
             shown["MFU"] = f"{row['mfu']:.1%}"
@@ -278,7 +278,8 @@ def by_noise(nats: torch.Tensor, positions: torch.Tensor) -> dict[str, Any]:
     """Mean loss of each kind, in nats a masked position, over all and by noise level; None where there was none."""
     row: dict[str, Any] = {}
     for number, kind in enumerate(KINDS):
-        row[f"loss_{kind}"] = round(float(nats[number].sum() / positions[number].sum().clamp(min=1)), 6)
+        some = positions[number].sum()
+        row[f"loss_{kind}"] = round(float(nats[number].sum() / some), 6) if some > 0 else None
         bins = (nats[number] / positions[number].clamp(min=1)).tolist()
         row[f"loss_{kind}_by_t"] = [round(bins[b], 4) if positions[number, b] > 0 else None for b in range(T_BINS)]
     return row

@@ -80,6 +80,9 @@ def test_no_terminal_gets_plain_lines_and_no_bar(meter: Meter, capsys: pytest.Ca
 def test_by_noise_counts_what_was_not_drawn_as_none() -> None:
     row = by_noise(made(1.0).nats, made(1.0).positions)
     assert row["loss_image_by_t"] == [None] * 9 + [2.0]
+    found = made(1.0)
+    nothing = by_noise(torch.zeros_like(found.nats), torch.zeros_like(found.positions))
+    assert nothing["loss_text"] is None and nothing["loss_image_by_t"] == [None] * T_BINS
 
 
 def test_trackers_get_numbers_and_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
