@@ -68,7 +68,7 @@ class Budget:
     def bytes(self, studies: int) -> Bytes:
         """By kind, on each GPU, with so many studies at a time."""
         rows, found = self.sizes.rows(studies), self.saved
-        alone = studies * sum(self.sizes.alone) / self.sizes.length  # as so many rows more
+        alone = studies * sum(length for _, length in self.sizes.alone) / self.sizes.length  # as so many rows more
         kept, logits = head_bytes(self.model, self.sizes.scored(studies), self.bf16)
         return self.lasting | {
             "bf16 copies": found.fixed + found.copies,

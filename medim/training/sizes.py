@@ -125,23 +125,21 @@ class Sizes:
         return total / sum(tasks.values())
 
     @property
-    def alone(self) -> list[int]:
-        """Positions of the longest of the segments that a study's alignment and invariance run by themselves."""
-        image, o = self.image_codes + TAGS, self.objective
-        return [image, 1 + self.longest] * bool(o.align) + [image, image] * bool(o.invariance)
+    def alone(self) -> list[tuple[int, int]]:
+        """Of the segments that a study's alignment and invariance run by themselves: positions in the mean, and padded."""
+        image, o = (self.image_codes + TAGS,) * 2, self.objective
+        return [image, (1 + self.report, 1 + self.longest)] * bool(o.align) + [image, image] * bool(o.invariance)
 
-    def _alone(self, studies: int, length: int, backend: str) -> Work:
-        """The work of so many rows of one segment; those of reports are as long as the mean one."""
-        size = min(length, 1 + self.report) if length == 1 + self.longest else length
-        skips = backend in ("flash_attention_2", "flex_attention")
-        levels = 2  # its own, and that of tags
-        pairs = size if skips else length
-        row = Work(size, length, size**2, pairs**2, levels, levels * length, (0,) * len(KINDS))
-        return row.times(studies)
+    @staticmethod
+    def _alone(size: int, length: int, backend: str) -> Work:
+        """The work of a row of one segment."""
+        attended, levels = size**2, 2  # its own level, and that of tags
+        pairs = attended if backend in ("flash_attention_2", "flex_attention") else length**2
+        return Work(size, length, attended, pairs, levels, levels * length, (0,) * len(KINDS))
 
     def work(self, studies: int, backend: str) -> Work:
         """The work of so many studies in the mean; `backend` as in `Work.of`."""
-        alone = [self._alone(studies, length, backend) for length in self.alone]
+        alone = [self._alone(*one, backend).times(studies) for one in self.alone]
         return functools.reduce(operator.add, alone, self._together(studies, backend))
 
     def _together(self, studies: int, backend: str) -> Work:
