@@ -126,7 +126,7 @@ class Sizes:
 
     @property
     def alone(self) -> list[tuple[int, int]]:
-        """Of the segments that a study's alignment and invariance run by themselves: positions in the mean, and padded."""
+        """Of the segments that a study's alignment and invariance run alone: positions in the mean, and padded."""
         image, o = (self.image_codes + TAGS,) * 2, self.objective
         return [image, (1 + self.report, 1 + self.longest)] * bool(o.align) + [image, image] * bool(o.invariance)
 
