@@ -53,6 +53,9 @@ def read_studies(protocol: Protocol, split: str, count: int) -> dict[str, list[S
             raise UserError(f"domains: real outputs in a folder are of one domain; add domains=[{protocol.domains[0]}]")
         studies = references(Path(protocol.data.root), protocol.domains[0], split)
         return {protocol.domains[0]: studies[: count or None]}
+    twice = next((name for name in protocol.translate if protocol.translate.count(name) > 1), None)
+    if twice:
+        raise UserError(f"translate: {twice} is named twice; an image is made from others")
     found: dict[str, list[Study]] = {domain: [] for domain in protocol.domains}
     made = -1 if "translate" in protocol.tasks else 0  # a translation's domain is that of the image that is wanted
     for study in _archive(protocol):
@@ -60,7 +63,8 @@ def read_studies(protocol: Protocol, split: str, count: int) -> dict[str, list[S
             found[domain].append(study)
     for domain, studies in found.items():
         if not studies:
-            raise UserError(f"{protocol.data.root}: no {domain} study of the split {split}")
+            lacks = f" that has {' and '.join(protocol.translate)} (translate)" if protocol.translate else ""
+            raise UserError(f"{protocol.data.root}: no {domain} study of the split {split}{lacks}")
         studies.sort(key=lambda study: hashlib.sha256(study.id.encode()).digest())
     return {domain: studies[: count or None] for domain, studies in found.items()}
 

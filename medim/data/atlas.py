@@ -54,6 +54,8 @@ class Atlas:
             UserError: either is missing or damaged.
         """
         file = Path(file)
+        if not file.is_file():
+            raise UserError(f"atlas {file}: no such file")
         table = file.with_name(re.sub(r"(\.gz)?$", ".txt", file.name, count=1))
         if not table.is_file():
             raise UserError(f"atlas {file}: {table.name} is not beside it: lines of a label's number and its name")

@@ -21,6 +21,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from importlib.metadata import version
@@ -175,8 +176,12 @@ class _Bar(tqdm):
 
 
 def _count(found: Callable[[], Iterable[Found]], bar: tqdm) -> None:
-    """Learn how many studies there are while the first are encoded; until then the bar has no end."""
-    bar.total = sum(1 for _ in found())
+    """Learn how many studies there are while the first are encoded; until then the bar has no end.
+
+    What is wrong with the source is said by the thread that encodes.
+    """
+    with suppress(UserError, OSError):
+        bar.total = sum(1 for _ in found())
 
 
 def _claim(out: Path, how: Encoding, source: str, options: dict[str, Any]) -> None:

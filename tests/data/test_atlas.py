@@ -62,9 +62,12 @@ def test_reports_are_read_strictly() -> None:
 
 
 def test_atlases_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"none.nii.txt is not beside it"):
+    with pytest.raises(UserError, match=r"none.nii.gz: no such file"):
         Atlas.read(tmp_path / "none.nii.gz")
     file = labels(tmp_path)
+    (tmp_path / "atlas.nii.txt").rename(tmp_path / "names.txt")
+    with pytest.raises(UserError, match=r"atlas.nii.txt is not beside it"):
+        Atlas.read(file)
     (tmp_path / "atlas.nii.txt").write_text("names\n")
     with pytest.raises(UserError, match="no line of a label"):
         Atlas.read(file)

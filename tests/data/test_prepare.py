@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -67,6 +68,25 @@ def test_rows_are_the_studies(how: Encoding, tmp_path: Path) -> None:
         assert image["codes"] == how.tokenizer.encode(prepared).flatten().tolist()
         with PIL.Image.open(io.BytesIO(image["preview"])) as preview:  # fewer than are kept: every one has its picture
             assert preview.mode == "L" and np.array_equal(np.asarray(preview), np.asarray(prepared.convert("L")))
+
+
+def test_a_source_that_cannot_be_read_is_said_once(
+    how: Encoding, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Studies are counted in a thread beside, which has met it too."""
+    thrown: list[Any] = []
+    monkeypatch.setattr(threading, "excepthook", thrown.append)
+
+    def found() -> Iterator[Study]:
+        raise UserError("atlas none.nii.gz: no such file")
+        yield
+
+    with pytest.raises(UserError, match="no such file"):
+        prepare.prepare(found, how, tmp_path / "out", source="nifti", options={})
+    for thread in threading.enumerate():
+        if thread.name.endswith("(_count)"):
+            thread.join()
+    assert not thrown
 
 
 def test_the_index_counts(how: Encoding, tmp_path: Path) -> None:

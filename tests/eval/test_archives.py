@@ -69,7 +69,7 @@ def test_translation_by_others(tmp_path: Path) -> None:
     assert worse["ssim"]["value"] < 0.7 and worse["mae"]["value"] > 0.05 and worse["failed"]["value"] == 0
 
 
-def test_what_a_translation_must_beat(tmp_path: Path) -> None:
+def test_what_a_translation_must_beat(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """CT of MRI, by its own domain; the floor is the best of the source, the mean and the nearest training slice."""
     rng = np.random.default_rng(0)
     for name, least in (("a", 2), ("b", 5), ("c", 2)):  # where the cube begins: a has the shape of c
@@ -95,6 +95,14 @@ def test_what_a_translation_must_beat(tmp_path: Path) -> None:
     known = {name: float(re.search(rf"{name} ([\d.]+)", about)[1]) for name in ("copy", "mean", "nearest")}  # type: ignore[index]
     assert found["psnr"]["floor"] == pytest.approx(max(known.values()), rel=1e-3)
     assert known["copy"] < known["mean"] < known["nearest"]
+    capsys.readouterr()
+    for names, said in (
+        ("mri,t9", "no ct study of the split test that has mri and t9"),
+        ("ct,ct", "ct is named twice"),
+    ):
+        theirs = ["--predictions", str(tmp_path / "theirs"), "--out", str(tmp_path / names)]
+        assert main([*command[:-1], f"translate=[{names}]", *theirs]) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_ranking_and_training_neighbours(tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
