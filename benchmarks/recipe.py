@@ -1,22 +1,24 @@
 """Recipes at equal cost: the paper's, as its authors run it, then a ladder with one change a rung.
 
-    python -m benchmarks.recipe runs/recipe --quick          # the signs of what is kept: 20 minutes on 2 cores
-    python -m benchmarks.recipe runs/recipe                  # three seeds, with intervals
+    python -m benchmarks.recipe runs/recipe --quick          # the signs of what is kept: 7 minutes on 2 cores
+    python -m benchmarks.recipe runs/recipe                  # three seeds: 22 minutes
     python -m benchmarks.recipe runs/recipe-seconds --equal seconds
+    python -m benchmarks.recipe runs/recipe-long --steps 2000 --samples 48
 
 All recipes train one network on the same embedded X-rays and pathology tiles, in the same order, for as many steps as
 the same FLOPs (or seconds) pay for. A rung has all that was kept before it and one change. Measured on validation
-studies with a fixed draw of noise, by domain, as bounds (MDLM eq. 10): bits a report given its image, bits a code given
-the report, and both for pairs under one noise level; a report's bits hold those of its slot's length. `gain` is 1 minus
-the geometric mean, over these eight, of a rung to the one below it: above 0 is better. `ours, a third` has a third of
-the paper's cost. Coherence, of the paper's recipe and of ours, is that of `eval/demo.yaml`, each sampled by its plan.
-What was trained is kept: the same command goes on where it was. OUT/recipe.png has gains, and bits against compute.
-Prints a table (mean over seeds, half the range), then one JSON object as its last line.
+studies with a fixed draw of noise, by domain, as bounds (MDLM eq. 10): bits a report given its image, bits a code
+given the report, and both for pairs under one noise level; a report's bits hold those of its slot's length. `gain` is
+1 minus the geometric mean, over these eight, of a rung to the one below it: above 0 is better. `ours, a third` has a
+third of the paper's cost. With --samples, coherence of the paper's recipe and of ours is that of `eval/demo.yaml`,
+each by its plan. What was trained is kept: the same command goes on where it was. OUT/recipe.png has gains, and bits
+against compute. Prints a table (mean over seeds, half the range), then one JSON object as its last line.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -56,14 +58,13 @@ SHARED = {
     "train.batch_size": "16",
     "train.lr": "2e-3",
     "train.precision": "fp32",
-    "log.every": "20",
     "validation.tasks": "[joint,report,image]",
 }
 # docs: configs/train/medim_paper.yaml says where each of them comes from
 PAPER = {
     "objective.tasks": "{pair: 0, report: 0, image: 0, joint: 1}",
     "objective.first_sentence": "0.1",
-    "objective.condition_dropout": "0",
+    "objective.condition_dropout": "0.1",  # nothing is given, so nothing is dropped; 0 would forbid guidance
     "objective.condition_attention": "full",
     "objective.weighting": "mdlm",
     "objective.stratified": "false",
@@ -92,25 +93,32 @@ class Rung:
     kept: bool = True
 
 
+def tasks(mixture: str) -> dict[str, str]:
+    """Tasks with a condition, never dropped."""
+    return {"objective.tasks": mixture, "objective.condition_dropout": "0"}
+
+
 LADDER = {
     "flat weights": Rung({"objective.weighting": "flat"}),
     "min-SNR weights": Rung({"objective.weighting": "min_snr"}, kept=False),
     "stratified noise": Rung({"objective.stratified": "true"}),
     "no clean first sentence": Rung({"objective.first_sentence": "0"}),
-    "identity gates": Rung({"model.adaln_start": "identity"}),
+    "identity gates": Rung({"model.adaln_start": "identity"}, kept=False),
     "narrow AdaLN": Rung({"model.adaln_dim": "32"}),
-    "warm-up and decay": Rung({"train.warmup": "20", "train.decay_from": "0.5"}),
-    "averaged weights": Rung({"train.ema": "0.98"}),
+    "warm-up": Rung({"train.warmup": "20"}, kept=False),
+    "decay": Rung({"train.decay_from": "0.5"}, kept=False),
+    "averaged weights": Rung({"train.ema": "0.98"}, kept=False),
     "independent levels": Rung({"objective.tasks": "{joint: 0, pair: 1, report: 0, image: 0}"}, kept=False),
-    "task mixture": Rung({"objective.tasks": "{joint: 0, pair: 0.25, report: 0.45, image: 0.3}"}, kept=False),
-    "joint and tasks": Rung({"objective.tasks": "{joint: 0.5, pair: 0, report: 0.3, image: 0.2}"}),
+    "task mixture": Rung(tasks("{joint: 0, pair: 0.25, report: 0.45, image: 0.3}"), kept=False),
+    "joint and tasks": Rung(tasks("{joint: 0.5, pair: 0, report: 0.3, image: 0.2}")),
     "text weighs 3": Rung({"objective.modality_weights": "{text: 3, image: 1}"}),
-    "places of codes": Rung({"model.places": "144", "model.backbone.rotary_fraction": "0.5"}),
-    "2-D ALiBi": Rung({"model.alibi": "[4.0, 1.0, 0.25, 0.0]"}),
+    "2-D positions": Rung(
+        {"model.places": "144", "model.backbone.rotary_fraction": "0.5", "model.alibi": "[4.0, 1.0, 0.25, 0.0]"}
+    ),
     "rows of the codebook": Rung({"model.rows": "codebook"}),
     "slots by length": Rung({"slot": "{multiple: 8, longest: 48}"}, kept=False),
     "condition dropout": Rung({"objective.condition_dropout": "0.1"}),
-    "prefix attention": Rung({"objective.condition_attention": "prefix"}),
+    "prefix attention": Rung({"objective.condition_attention": "prefix"}, kept=False),
 }
 
 
@@ -123,10 +131,11 @@ class Job:
     seed: int
     share: float = 1.0
 
-    @property
-    def folder(self) -> str:
-        """Of its run."""
-        return f"{self.name.replace(' ', '_').replace(',', '')}-{self.seed}"
+    def folder(self, steps: int, studies: int) -> str:
+        """Of its run: another one for another recipe of the same name."""
+        said = json.dumps([SHARED, self.recipe, steps, studies], sort_keys=True)
+        plain = self.name.replace(" ", "_").replace(",", "")
+        return f"{plain}-{self.seed}-{hashlib.sha256(said.encode()).hexdigest()[:8]}"
 
 
 def recipes() -> dict[str, tuple[dict[str, str], str]]:
@@ -172,11 +181,12 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 def train(job: Job, steps: int, args: argparse.Namespace, out: Path | None = None) -> Path:
     """Train one model, unless it is there."""
-    folder = (out or args.out) / job.folder
+    folder = (out or args.out) / job.folder(steps, args.studies)
     if not (folder / "final").exists():
         shutil.rmtree(folder, ignore_errors=True)
-        often = max(1, steps // args.points)
+        often = -(-steps // args.points)
         said = [f"train.steps={steps}", f"run_dir={folder}", f"train.checkpoint_every={steps}"]
+        said += [f"log.every={max(1, steps // 8)}"]
         said += [f"validation.every={often}", f"validation.studies={args.validation}"]
         python(["train.py", str(CONFIG), *overrides(job.recipe, args.out, args.studies, job.seed), *said], job.name)
         print(f"{job.name}, seed {job.seed}: trained", file=sys.stderr, flush=True)
@@ -247,7 +257,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    gains = {name: one["gain"] for name, one in found["recipes"].items() if one["gain"] and name != "ours"}
+    gains = {name: found["recipes"][name]["gain"] for name in LADDER}
     figure, axes = pyplot.subplots(1, 3, figsize=(15, 0.32 * len(gains) + 1.5), layout="constrained")
     for place, (name, values) in enumerate(reversed(gains.items())):
         colour = "tab:blue" if found["recipes"][name]["kept"] else "tab:gray"
@@ -281,7 +291,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     if args.equal == "seconds":
         price = {}
         for name, (recipe, _) in known.items():  # one at a time, on one core
-            timed = train(Job(name, recipe | {"log.every": "4"}, 0), 16, args, args.out / "timing")
+            timed = train(Job(name, recipe, 0), 16, args, args.out / "timing")
             price[name] = seconds_a_step(timed, int(SHARED["train.batch_size"]))
     steps = {name: max(args.points, round(args.steps * price["paper"] / price[name])) for name in known}
     jobs = [Job(name, recipe, seed) for seed in range(args.seeds) for name, (recipe, _) in known.items()]
@@ -358,20 +368,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder of the runs, which are kept")
-    parser.add_argument("--quick", action="store_true", help="one seed, 100 steps, 8 samples: 20 minutes on 2 cores")
+    parser.add_argument("--quick", action="store_true", help="one seed: 7 minutes on 2 cores")
     parser.add_argument("--equal", choices=["flops", "seconds"], default="flops", help="what is equal (flops)")
-    parser.add_argument("--steps", type=int, help="of the paper's recipe (400)")
+    parser.add_argument("--steps", type=int, default=150, help="of the paper's recipe (150)")
     parser.add_argument("--seeds", type=int, help="(3)")
-    parser.add_argument("--samples", type=int, help="a domain and task, for coherence; 0: none (48)")
+    said = "a domain and task, for coherence, which shows nothing before some 1,000 steps; 0: none (0)"
+    parser.add_argument("--samples", type=int, default=0, help=said)
     parser.add_argument("--studies", type=int, default=6000, help="of the training set (6000)")
     parser.add_argument("--validation", type=int, default=64, help="studies (64)")
     parser.add_argument("--points", type=int, default=4, help="of each curve (4)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, a core each (2)")
     parser.add_argument("--no-picture", action="store_true", help="do not draw OUT/recipe.png")
     args = parser.parse_args(argv)
-    for name, quick, full in (("steps", 100, 400), ("seeds", 1, 3), ("samples", 8, 48)):
-        if getattr(args, name) is None:
-            setattr(args, name, quick if args.quick else full)
+    args.seeds = args.seeds or (1 if args.quick else 3)
     for name in ("steps", "seeds", "studies", "validation", "points", "jobs"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: give 1 or more")
