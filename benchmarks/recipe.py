@@ -98,6 +98,7 @@ def tasks(mixture: str) -> dict[str, str]:
     return {"objective.tasks": mixture, "objective.condition_dropout": "0"}
 
 
+BOTH = "{joint: 0.5, pair: 0, report: 0.3, image: 0.2}"
 LADDER = {
     "flat weights": Rung({"objective.weighting": "flat"}),
     "min-SNR weights": Rung({"objective.weighting": "min_snr"}, kept=False),
@@ -107,18 +108,18 @@ LADDER = {
     "narrow AdaLN": Rung({"model.adaln_dim": "32"}),
     "warm-up": Rung({"train.warmup": "20"}, kept=False),
     "decay": Rung({"train.decay_from": "0.5"}, kept=False),
-    "averaged weights": Rung({"train.ema": "0.98"}, kept=False),
-    "independent levels": Rung({"objective.tasks": "{joint: 0, pair: 1, report: 0, image: 0}"}, kept=False),
-    "task mixture": Rung(tasks("{joint: 0, pair: 0.25, report: 0.45, image: 0.3}"), kept=False),
-    "joint and tasks": Rung(tasks("{joint: 0.5, pair: 0, report: 0.3, image: 0.2}")),
+    "averaged weights": Rung({"train.ema": "0.98"}),
     "text weighs 3": Rung({"objective.modality_weights": "{text: 3, image: 1}"}),
     "2-D positions": Rung(
         {"model.places": "144", "model.backbone.rotary_fraction": "0.5", "model.alibi": "[4.0, 1.0, 0.25, 0.0]"}
     ),
-    "rows of the codebook": Rung({"model.rows": "codebook"}),
+    "rows of the codebook": Rung({"model.rows": "codebook"}, kept=False),
     "slots by length": Rung({"slot": "{multiple: 8, longest: 48}"}, kept=False),
-    "condition dropout": Rung({"objective.condition_dropout": "0.1"}),
-    "prefix attention": Rung({"objective.condition_attention": "prefix"}, kept=False),
+    "independent levels": Rung({"objective.tasks": "{joint: 0, pair: 1, report: 0, image: 0}"}, kept=False),
+    "task mixture": Rung(tasks("{joint: 0, pair: 0.25, report: 0.45, image: 0.3}"), kept=False),
+    "joint and tasks": Rung(tasks(BOTH), kept=False),
+    "joint and tasks, condition dropout": Rung({"objective.tasks": BOTH}, kept=False),
+    "joint and tasks, prefix attention": Rung(tasks(BOTH) | {"objective.condition_attention": "prefix"}, kept=False),
 }
 
 
