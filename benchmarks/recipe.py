@@ -101,18 +101,18 @@ def tasks(mixture: str) -> dict[str, str]:
 BOTH = "{joint: 0.5, pair: 0, report: 0.3, image: 0.2}"
 LADDER = {
     "flat weights": Rung({"objective.weighting": "flat"}),
-    "min-SNR weights": Rung({"objective.weighting": "min_snr"}, kept=False),
-    "stratified noise": Rung({"objective.stratified": "true"}),
-    "no clean first sentence": Rung({"objective.first_sentence": "0"}),
-    "identity gates": Rung({"model.adaln_start": "identity"}, kept=False),
-    "narrow AdaLN": Rung({"model.adaln_dim": "32"}),
-    "warm-up": Rung({"train.warmup": "20"}, kept=False),
-    "decay": Rung({"train.decay_from": "0.5"}, kept=False),
-    "averaged weights": Rung({"train.ema": "0.98"}),
-    "text weighs 3": Rung({"objective.modality_weights": "{text: 3, image: 1}"}),
     "2-D positions": Rung(
         {"model.places": "144", "model.backbone.rotary_fraction": "0.5", "model.alibi": "[4.0, 1.0, 0.25, 0.0]"}
     ),
+    "min-SNR weights": Rung({"objective.weighting": "min_snr"}, kept=False),
+    "stratified noise": Rung({"objective.stratified": "true"}, kept=False),
+    "no clean first sentence": Rung({"objective.first_sentence": "0"}, kept=False),
+    "identity gates": Rung({"model.adaln_start": "identity"}, kept=False),
+    "narrow AdaLN": Rung({"model.adaln_dim": "32"}, kept=False),
+    "warm-up": Rung({"train.warmup": "20"}, kept=False),
+    "decay": Rung({"train.decay_from": "0.5"}, kept=False),
+    "averaged weights": Rung({"train.ema": "0.98"}, kept=False),
+    "text weighs 3": Rung({"objective.modality_weights": "{text: 3, image: 1}"}, kept=False),
     "rows of the codebook": Rung({"model.rows": "codebook"}, kept=False),
     "slots by length": Rung({"slot": "{multiple: 8, longest: 48}"}, kept=False),
     "independent levels": Rung({"objective.tasks": "{joint: 0, pair: 1, report: 0, image: 0}"}, kept=False),
