@@ -1,7 +1,7 @@
 """Recipes at equal cost: the paper's, as its authors run it, then a ladder with one change a rung.
 
     python -m benchmarks.recipe runs/recipe --quick          # the signs of what is kept: 7 minutes on 2 cores
-    python -m benchmarks.recipe runs/recipe                  # three seeds: 22 minutes
+    python -m benchmarks.recipe runs/recipe                  # three seeds
     python -m benchmarks.recipe runs/recipe-seconds --equal seconds
     python -m benchmarks.recipe runs/recipe-long --steps 2000 --samples 48
 

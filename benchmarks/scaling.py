@@ -1,6 +1,6 @@
 """Bits against compute: three networks, three sizes of data, a fit, and what it says of larger ones.
 
-    python -m benchmarks.scaling runs/scaling                                   # 20 minutes on 2 cores
+    python -m benchmarks.scaling runs/scaling
     python -m benchmarks.scaling runs/scaling --steps 20 --studies 64,128,256   # small
 
 Our recipe (`benchmarks.recipe`) but for its decay, so that each validation of a run is the end of a shorter one, on
