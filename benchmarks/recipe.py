@@ -1,6 +1,6 @@
 """Recipes at equal cost: the paper's, as its authors run it, then a ladder with one change a rung.
 
-    python -m benchmarks.recipe runs/recipe --quick          # the signs of what is kept: 7 minutes on 2 cores
+    python -m benchmarks.recipe runs/recipe --quick          # the signs of what is kept, one seed
     python -m benchmarks.recipe runs/recipe                  # three seeds
     python -m benchmarks.recipe runs/recipe-seconds --equal seconds
     python -m benchmarks.recipe runs/recipe-long --steps 2000 --samples 48
@@ -55,9 +55,11 @@ SHARED = {
     "model.backbone.num_attention_heads": "4",
     "model.backbone.num_key_value_heads": "4",
     "model.backbone.intermediate_size": "256",
+    "model.backbone.attn_implementation": "sdpa",
     "train.batch_size": "16",
     "train.lr": "2e-3",
     "train.precision": "fp32",
+    "train.compile": "false",
     "validation.tasks": "[joint,report,image]",
 }
 # docs: configs/train/medim_paper.yaml says where each of them comes from
@@ -72,7 +74,9 @@ PAPER = {
     "model.adaln_start": "random",
     "model.adaln_dim": "96",
     "model.places": "0",
+    "model.alibi": "[]",
     "model.backbone.rotary_fraction": "1",
+    "train.optimizer": "adamw",
     "train.ema": "0",
     "train.warmup": "0",
     "train.decay_from": "1",
@@ -104,6 +108,9 @@ LADDER = {
     "2-D positions": Rung(
         {"model.places": "144", "model.backbone.rotary_fraction": "0.5", "model.alibi": "[4.0, 1.0, 0.25, 0.0]"}
     ),
+    "Muon": Rung({"train.optimizer": "muon", "train.muon_lr": "8e-3"}),
+    "text weighs 3": Rung({"objective.modality_weights": "{text: 3, image: 1}"}),
+    "averaged weights": Rung({"train.ema": "0.98"}),
     "min-SNR weights": Rung({"objective.weighting": "min_snr"}, kept=False),
     "stratified noise": Rung({"objective.stratified": "true"}, kept=False),
     "no clean first sentence": Rung({"objective.first_sentence": "0"}, kept=False),
@@ -111,8 +118,6 @@ LADDER = {
     "narrow AdaLN": Rung({"model.adaln_dim": "32"}, kept=False),
     "warm-up": Rung({"train.warmup": "20"}, kept=False),
     "decay": Rung({"train.decay_from": "0.5"}, kept=False),
-    "averaged weights": Rung({"train.ema": "0.98"}, kept=False),
-    "text weighs 3": Rung({"objective.modality_weights": "{text: 3, image: 1}"}, kept=False),
     "rows of the codebook": Rung({"model.rows": "codebook"}, kept=False),
     "slots by length": Rung({"slot": "{multiple: 8, longest: 48}"}, kept=False),
     "independent levels": Rung({"objective.tasks": "{joint: 0, pair: 1, report: 0, image: 0}"}, kept=False),
@@ -139,11 +144,13 @@ class Job:
         return f"{plain}-{self.seed}-{hashlib.sha256(said.encode()).hexdigest()[:8]}"
 
 
-def recipes() -> dict[str, tuple[dict[str, str], str]]:
-    """Each recipe's settings, and the recipe that it is one change from."""
+def recipes(quick: bool = False) -> dict[str, tuple[dict[str, str], str]]:
+    """Each recipe's settings, and the recipe that it is one change from; if `quick`, of what is kept only."""
     below, settings = "paper", dict(PAPER)
     found = {"paper": (settings, "")}
     for name, rung in LADDER.items():
+        if quick and not rung.kept:
+            continue
         found[name] = (settings | rung.settings, below)
         if rung.kept:
             below, settings = name, settings | rung.settings
@@ -258,7 +265,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    gains = {name: found["recipes"][name]["gain"] for name in LADDER}
+    gains = {name: found["recipes"][name]["gain"] for name in LADDER if name in found["recipes"]}
     figure, axes = pyplot.subplots(1, 3, figsize=(15, 0.32 * len(gains) + 1.5), layout="constrained")
     for place, (name, values) in enumerate(reversed(gains.items())):
         colour = "tab:blue" if found["recipes"][name]["kept"] else "tab:gray"
@@ -283,7 +290,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Train everything, and put together what was found."""
-    known = recipes()
+    known = recipes(args.quick)
     costs = {name: flops(recipe) for name, (recipe, _) in known.items()}
     for seed in range(args.seeds):  # before several runs ask for it at once
         more = [f"run_dir={args.out / 'data'}", "validation.every=1", f"validation.studies={args.validation}"]
@@ -369,7 +376,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder of the runs, which are kept")
-    parser.add_argument("--quick", action="store_true", help="one seed: 7 minutes on 2 cores")
+    parser.add_argument("--quick", action="store_true", help="what is kept only, one seed")
     parser.add_argument("--equal", choices=["flops", "seconds"], default="flops", help="what is equal (flops)")
     parser.add_argument("--steps", type=int, default=150, help="of the paper's recipe (150)")
     parser.add_argument("--seeds", type=int, help="(3)")

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import PIL.Image
+from scipy.stats import spearmanr
 
 from eval.outputs import Output, makes
 from eval.protocol import Protocol, TaskName
@@ -38,8 +39,13 @@ def _xray_reader() -> FindingReader:
 
 
 def _measure_pathology(images: Sequence[PIL.Image.Image]) -> Findings:
-    tile = (pathology.TILE, pathology.TILE)  # its smoothing is in pixels
-    return [pathology.findings(pathology.measure(i if i.size == tile else i.resize(tile))) for i in images]
+    return [pathology.findings(_measured(image)) for image in images]
+
+
+def _measured(image: PIL.Image.Image) -> pathology.Measurement:
+    """Of a tile of any size; the smoothing is in pixels."""
+    tile = (pathology.TILE, pathology.TILE)
+    return pathology.measure(image if image.size == tile else image.resize(tile))
 
 
 READERS: dict[str, Callable[[Sequence[PIL.Image.Image]], Findings]] = {
@@ -218,7 +224,40 @@ def _findings(
     )
     macro = coherence.macro(predicted, reference)
     figures["coherence_macro"] = Figure(macro.f1, len(outputs))
+    if any(name.startswith(coherence.SIDES) for name in nothing):
+        either = [coherence.sideless(one) for one in (predicted, reference, top, real.told)]
+        figures["coherence_sideless"] = scoring.figure(
+            coherence.sums(*either[:2]),
+            outputs,
+            floor=coherence.shuffled_floor(*either[:2]),
+            ceiling=coherence.micro(*either[2:]).f1,
+            about="the same, findings on either side counted alike",
+        )
+        sides = coherence.side_accuracy(predicted, reference)
+        about = f"same side, of {sides.rows[:, 1].sum():.0f} findings that image and text have on one side each"
+        best = coherence.side_accuracy(top, real.told).value
+        figures["side_accuracy"] = scoring.figure(sides, outputs, floor=0.5, ceiling=best, about=about)
+    if real.domain == "pathology":
+        pictures = [o.picture() if makes(task)[0] else real.pictures[i] for o, i in zip(outputs, index, strict=True)]
+        best = cellularity_rho(real.told, real.pictures if task == "report" else real.again)[0]
+        rho, n = cellularity_rho(told, pictures)
+        about = "Spearman's rank correlation of the nuclear area told and measured"
+        figures["cellularity_rho"] = Figure(rho, n, floor=0.0, ceiling=best, about=about)
     return seen, told, predicted, reference
+
+
+def cellularity_rho(told: Findings, pictures: Sequence[PIL.Image.Image | None]) -> tuple[float, int]:
+    """Spearman's rank correlation between the band of cellularity that is told and the measured share of nuclei, and of
+    how many: those with a picture and one band."""
+    bands = pathology.FINDINGS[:3]
+    pairs = [
+        ([one[band] for band in bands].index(True), _measured(picture).nuclei)
+        for one, picture in zip(told, pictures, strict=True)
+        if picture is not None and sum(one[band] for band in bands) == 1
+    ]
+    if len({band for band, _ in pairs}) < 2 or len({share for _, share in pairs}) < 2:
+        return math.nan, len(pairs)
+    return float(spearmanr(*zip(*pairs, strict=True)).statistic), len(pairs)
 
 
 def _seen(outputs: Sequence[Output], domain: str, nothing: dict[str, bool]) -> Findings:

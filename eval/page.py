@@ -33,6 +33,9 @@ LABELS = {
     "failed": "Failed outputs",
     "coherence": "Coherence, F1",
     "coherence_macro": "Coherence, macro F1",
+    "coherence_sideless": "Coherence without sides, F1",
+    "side_accuracy": "Left and right, accuracy",
+    "cellularity_rho": "Cellularity, rank correlation",
     "findings_f1": "Findings F1",
     "rule_f1": "Rule-based F1",
     "rouge_l": "ROUGE-L",
@@ -59,6 +62,8 @@ GROUPS = {  # by how the names start; the last takes the rest
     "Outputs": ("failed", "empty"),
     "Findings": (
         "coherence",
+        "side_accuracy",
+        "cellularity",
         "findings",
         "prevalence",
         "rule_",

@@ -26,6 +26,7 @@ from medim.tokenization.image import VQConfig
 from medim.tokenization.joint import SlotOptions
 from medim.tokenization.text import TextTokenizer
 from medim.training.memory import GIB, Bytes, Sharing, gathered, head_bytes, lasting, saved
+from medim.training.optimizer import newton_schulz_flops
 from medim.training.sizes import EstimateOptions, Sizes, slots
 from medim.training.weights import skeleton
 from medim.vocabulary import Vocabulary
@@ -97,12 +98,17 @@ class Budget:
     @property
     def needed(self) -> dict[str, Flops]:
         """Model FLOPs of a step, by part."""
-        return self.costs.needed(self.work)
+        return self.costs.needed(self.work) | self._stepping(1)
 
     @property
     def computed(self) -> dict[str, Flops]:
         """FLOPs that are multiplied in a step, by part."""
-        return self.costs.computed(self.work)
+        return self.costs.computed(self.work) | self._stepping(self.sharing.gpus)
+
+    def _stepping(self, times: int) -> dict[str, Flops]:
+        """Of Muon, which each process does for itself."""
+        found = {"optimizer": Flops(0.0, times * newton_schulz_flops(self.model))}
+        return found if self.config.train.optimizer == "muon" else {}
 
     def hours(self, peak: float, mfu: float) -> float:
         """Of all steps.

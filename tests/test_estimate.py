@@ -24,8 +24,8 @@ from medim.model.lora import add_lora
 from medim.model.medim import MeDiMModel
 from medim.objective import Alone, Batch, loss, make_batch
 from medim.recipe import TrainConfig, make_task
-from medim.training.loop import make_optimizer
 from medim.training.memory import GIB, Sharing, head_bytes
+from medim.training.optimizer import make_optimizer
 from medim.training.weights import skeleton
 from tests.fixtures.flops import counted
 
@@ -95,6 +95,7 @@ MODES = {
     "bf16": ["train.precision=bf16"],
     "bf16, every second block again": ["train.precision=bf16", "train.gradient_checkpointing=2"],
     "bf16, frozen": ["train.precision=bf16", "init=demo", "lora.rank=4", "lora.frozen=bf16"],
+    "muon": ["train.optimizer=muon"],
 }
 
 
@@ -112,7 +113,7 @@ def test_what_autograd_keeps_is_counted(mode: str) -> None:
     assert kept == pytest.approx(saved_bytes(model, batch, budget), rel=0.02)
 
 
-@pytest.mark.parametrize("mode", ["plain", "adapters", "bf16, frozen"])
+@pytest.mark.parametrize("mode", ["plain", "adapters", "bf16, frozen", "muon"])
 def test_what_lasts_between_steps_is_counted(mode: str) -> None:
     config = config_of("train.batch_size=2", "train.precision=fp32", *MODES[mode][-3:])
     budget, model = real(config)

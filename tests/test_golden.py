@@ -12,7 +12,8 @@ import torch
 
 from medim.canvas import Canvas
 from medim.objective import ObjectiveOptions, count, loss, make_batch
-from medim.training.loop import TrainOptions, learning_rate, make_optimizer
+from medim.training.loop import TrainOptions, learning_rate
+from medim.training.optimizer import make_optimizer
 
 GOLDEN = Path(__file__).parent / "golden" / "losses.json"
 

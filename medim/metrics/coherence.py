@@ -16,6 +16,7 @@ from numpy import ndarray
 from medim.metrics.statistics import Sums, interval
 
 Findings = Sequence[Mapping[str, bool]]
+SIDES = ("right ", "left ")  # how the name of a finding that has a side begins
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,40 @@ def sums(predicted: Findings, reference: Findings) -> Sums:
     """True positives, inventions and misses of each study: `micro`'s F1 with an interval of its own."""
     counts = _counts(*_matrices(predicted, reference))
     return Sums(np.stack([c.sum(1) for c in counts], axis=1).astype(float), "f1")
+
+
+def sideless(findings: Findings) -> list[dict[str, bool]]:
+    """The same without sides: a finding is there if it is on either.
+
+    Example:
+        >>> sideless([{"right effusion": False, "left effusion": True, "cardiomegaly": False}])
+        [{'effusion': True, 'cardiomegaly': False}]
+    """
+    found: list[dict[str, bool]] = []
+    for one in findings:
+        merged: dict[str, bool] = {}
+        for name, there in one.items():
+            merged[_without_side(name)] = merged.get(_without_side(name), False) or there
+        found.append(merged)
+    return found
+
+
+def side_accuracy(predicted: Findings, reference: Findings) -> Sums:
+    """Of the findings that both lists have on one side only, the share that is on the same side; by chance 0.5.
+
+    Names that begin with neither of `SIDES` have no part in it; a study without such findings does not count.
+    """
+    rows = []
+    for guess, truth in zip(predicted, reference, strict=True):
+        sided = {_without_side(name) for name in truth if name.startswith(SIDES)}
+        sides = [[{side for side in SIDES if one[side + name]} for one in (guess, truth)] for name in sided]
+        single = [found == wanted for found, wanted in sides if len(found) == len(wanted) == 1]
+        rows.append([float(sum(single)), float(len(single))])
+    return Sums(np.array(rows).reshape(-1, 2))
+
+
+def _without_side(name: str) -> str:
+    return next((name.removeprefix(side) for side in SIDES if name.startswith(side)), name)
 
 
 def prevalence(findings: Findings) -> dict[str, float]:

@@ -145,10 +145,11 @@ class Checkpoint:
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise UserError(f"{folder}: a broken checkpoint ({' '.join(str(error).split())[:200]})") from error
 
-    @property
-    def moments(self) -> list[str]:
-        """Names of the optimizer's fields."""
-        return [field for field in self.fields if field not in ("weight", "ema") and not field.startswith(EXTRA)]
+    def moments_of(self, name: str) -> list[str]:
+        """The optimizer's fields of a parameter: not every one is stepped in the same way."""
+        with safe_open(self.parts[name][0][2], "pt") as file:
+            there = {key.split("/")[0] for key in file.keys() if key.endswith(f"/{name}")}  # noqa: SIM118
+        return sorted(field for field in there - {"weight", "ema"} if not field.startswith(EXTRA))
 
     def read(self, field: str, name: str, start: int, stop: int) -> Tensor:
         """Part start..stop of a flattened tensor, from whichever files hold it."""
@@ -196,7 +197,7 @@ class Checkpoint:
             with torch.no_grad():
                 piece.weight.copy_(self.read("weight", *span))
                 ema.weights[name].copy_(self.read("ema", *span))
-            engine.restore(name, {field: self.read(field, *span) for field in self.moments}, self.scalars[name])
+            engine.restore(name, {f: self.read(f, *span) for f in self.moments_of(name)}, self.scalars[name])
             engine.moments(name).update(self.extra(name))
         engine.refresh()
         rank, world = engine.accelerator.process_index, engine.accelerator.num_processes

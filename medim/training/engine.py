@@ -128,9 +128,9 @@ class Engine:
         }
 
     def set_rate(self, rate: float) -> None:
-        """The learning rate of the next step."""
+        """The learning rate of the next step; a group may have a `scale` of its own."""
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("scale", 1.0)
 
     def computing(self, last: bool) -> AbstractContextManager[Any]:
         """The context of a forward and backward pass; gradients are shared in the `last` of a step."""

@@ -25,6 +25,7 @@ from medim.objective import Batch, Loss
 from medim.training.checkpoint import Checkpoint, export, save
 from medim.training.engine import EMA, make_engine
 from medim.training.folders import latest_checkpoint, prune, same_config
+from medim.training.optimizer import WHOLE, OptimizerOptions, make_optimizer
 from medim.training.processes import Agreement, Roll, stop_requests
 from medim.training.report import Log, LogOptions, Meter, Throughput, append, drop_after, read_rows
 from medim.training.validation import Validation
@@ -32,7 +33,7 @@ from medim.training.weights import Source
 
 
 @options
-class TrainOptions:
+class TrainOptions(OptimizerOptions):
     """How long, how fast and how safely.
 
     Attributes:
@@ -43,8 +44,6 @@ class TrainOptions:
         precision: bf16 is autocast, weights and optimizer stay float32; auto takes it where the hardware multiplies in
             bf16 (emulated, it is 60 times slower than fp32).
         gradient_checkpointing: 1: blocks forget their activations and compute them again; k: every k-th does; 0: none.
-        optimizer: `adamw` is torch's fused one; `adamw_8bit` keeps its moments in 8 bits (bitsandbytes; not with ZeRO
-            or FSDP); `adamw_deepspeed` is DeepSpeed's fused one, for GPUs or for an optimizer that is offloaded.
         workers: loader processes; 0 makes batches in the main process.
         keep: newest checkpoints that stay; besides, those of every `keep_every`-th step (0: none).
         timeout: seconds that a process waits for the others before it says that they are gone.
@@ -53,18 +52,13 @@ class TrainOptions:
     steps: int = 1000
     batch_size: int = 32
     accumulate: int = 1
-    lr: float = 1e-3
     warmup: int = 100
     decay_from: float = 0.7
-    betas: tuple[float, float] = (0.9, 0.98)
-    eps: float = 1e-8
-    weight_decay: float = 0.01
     clip: float = 1.0
     ema: float = 0.997
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     compile: bool = False
     gradient_checkpointing: Annotated[int, Field(ge=0)] = 0
-    optimizer: Literal["adamw", "adamw_8bit", "adamw_deepspeed"] = "adamw"
     workers: int = 0
     checkpoint_every: Annotated[int, Field(ge=1)] = 500
     keep: Annotated[int, Field(ge=1)] = 2
@@ -141,34 +135,6 @@ def learning_rate(step: int, o: TrainOptions) -> float:
     return o.lr * min(1.0, (step + 1) / max(1, o.warmup)) * max(0.0, falling)
 
 
-def make_optimizer(model: nn.Module, o: TrainOptions) -> torch.optim.Optimizer:
-    """AdamW; decay on matrices only.
-
-    Raises:
-        UserError: the optimizer's package is not installed.
-    """
-    matrices = [p for p in model.parameters() if p.requires_grad and _dim(p) >= 2]
-    others = [p for p in model.parameters() if p.requires_grad and _dim(p) < 2]
-    groups = [{"params": matrices, "weight_decay": o.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]
-    if o.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, eps=o.eps, fused=True)
-    try:
-        if o.optimizer == "adamw_8bit":
-            from bitsandbytes.optim import AdamW8bit
-
-            return AdamW8bit(groups, lr=o.lr, betas=o.betas, eps=o.eps)
-        from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
-    except ImportError as error:
-        package = {"adamw_8bit": "bitsandbytes"}.get(o.optimizer, "deepspeed")
-        raise UserError(f"train.optimizer={o.optimizer}: {package} is not installed: pip install {package}") from error
-    return (FusedAdam if torch.cuda.is_available() else DeepSpeedCPUAdam)(groups, lr=o.lr, betas=o.betas, eps=o.eps)
-
-
-def _dim(parameter: nn.Parameter) -> int:
-    return len(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 leaves an empty tensor of dimension 1
-
-
 class _Steps(torch.utils.data.Dataset[tuple[list[Batch], float, float]]):
     """A process's parts of each step that is left, with what they cost."""
 
@@ -210,8 +176,8 @@ class _Run:
         self.costs = Costs.of(task.model)  # type: ignore[arg-type]
         self.engine = make_engine(accelerator, task.model, o.clip)
         task.check_sharing(self.engine.way, self.engine.divides_weights)
-        if o.optimizer == "adamw_8bit" and not self.engine.replicated:
-            raise UserError(f"train.optimizer=adamw_8bit cannot be used with {self.engine.way}, only on one GPU or DDP")
+        if o.optimizer in WHOLE and not self.engine.replicated:
+            raise UserError(f"train.optimizer={o.optimizer}: not with {self.engine.way}, only on one GPU or DDP")
         self.engine.build(task.stored, task.seed, lambda model: make_optimizer(model, o), o.compile)
         self.ema = EMA(self.engine, o.ema)
         if found is not None:

@@ -23,6 +23,7 @@ from medim.errors import UserError
 from medim.model import head as heads
 from medim.model.backbone import decoder_layers
 from medim.model.medim import MeDiMModel
+from medim.training.optimizer import muon_matrices
 from medim.training.sizes import Masking, Sizes
 from medim.vocabulary import KINDS
 
@@ -69,6 +70,8 @@ def lasting(model: nn.Module, sharing: Sharing, optimizer: str, bf16: bool, bits
     n, frozen = sum(p.numel() for p in trained), [p for p in own if not p.requires_grad]
     moments = sum(2.0 * p.numel() * (1 + 4 / 256 if p.numel() >= SMALL else 4) for p in trained)
     moments = moments if optimizer == "adamw_8bit" else 8.0 * n
+    if optimizer == "muon":  # one moment instead of two
+        moments -= 4.0 * sum(p.numel() for p in muon_matrices(model))
     quantised = _quantised(model, bits) if bits else {}
     kept = sum(float(quantised.get(id(p), p.numel() * p.element_size())) for p in frozen)
     if not sharing.zero:

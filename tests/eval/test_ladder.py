@@ -98,7 +98,7 @@ def test_real_studies_are_perfect(figures: Callable[[str, str, str], float]) -> 
     ("rung", "moved"),
     [
         ("shuffled", {"coherence": -0.3, "rouge_l": -0.1, "bleu-4": -0.2, "findings_f1": -0.3, "rule_f1": -0.1}),
-        ("swapped", {"coherence": -0.2, "bleu-4": -0.02, "findings_f1": -0.2}),
+        ("swapped", {"coherence": -0.2, "bleu-4": -0.02, "findings_f1": -0.2, "side_accuracy": -0.9}),
         ("blurred", {"coherence": -0.1, "precision": -0.3, "fid": 1.0}),
         ("repeated", {"recall": -0.5, "coverage": -0.5, "ms_ssim": 0.1, "distinct_2": -0.1}),
         ("missing", {"failed": 0.04, "rouge_l": -0.04, "coherence": -0.005, "bleu-1": -0.01, "empty": 0.04}),
@@ -118,6 +118,8 @@ def test_what_a_rung_leaves_alone_stays(figures: Callable[[str, str, str], float
         for name in ("fid", "recall", "ms_ssim"):
             assert figures(rung, "pair", name) == pytest.approx(figures("same", "pair", name), abs=1e-9)
     assert figures("blurred", "report", "bleu-4") == figures("same", "report", "bleu-4")
+    sideless = figures("same", "pair", "coherence_sideless")
+    assert figures("swapped", "pair", "coherence_sideless") == pytest.approx(sideless)
     assert figures("swapped", "report", "rule_f1") == pytest.approx(1.0)  # its findings have no sides
 
 

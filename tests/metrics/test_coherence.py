@@ -103,3 +103,23 @@ def test_a_gap_of_prevalence_is_the_mean_difference_and_chance_has_one_too():
     drawn = rng.binomial(100, np.array(list(coherence.prevalence(some).values())), (4000, 3)) / 100
     other = rng.binomial(400, np.array(list(coherence.prevalence(some).values())), (4000, 3)) / 400
     assert coherence.chance_gap(some, 100) == pytest.approx(float(np.abs(drawn - other).mean()), rel=0.03)
+
+
+def sided(*studies: str) -> list[dict[str, bool]]:
+    """One study a string of words: r and l are effusions of the right and the left side, h is a large heart."""
+    names = {"r": "right effusion", "l": "left effusion", "h": "large heart"}
+    return [{name: letter in study for letter, name in names.items()} for study in studies]
+
+
+def test_without_sides_a_finding_is_there_if_it_is_on_either():
+    assert coherence.sideless(sided("r", "l", "rl", "h")) == [
+        {"effusion": there, "large heart": heart} for there, heart in ((True, False),) * 3 + ((False, True),)
+    ]
+
+
+def test_side_accuracy_is_over_findings_that_both_have_on_one_side():
+    predicted, reference = sided("r", "l", "r", "rl", "r", "h", "r"), sided("r", "r", "l", "r", "", "h", "rh")
+    found = coherence.side_accuracy(predicted, reference)
+    assert found.rows.tolist() == [[1, 1], [0, 1], [0, 1], [0, 0], [0, 0], [0, 0], [1, 1]]
+    assert found.value == 0.5
+    assert math.isnan(coherence.side_accuracy(sided("h"), sided("h")).value)

@@ -20,7 +20,8 @@ from medim.errors import UserError
 from medim.training.checkpoint import Checkpoint, export, save
 from medim.training.engine import EMA, Engine
 from medim.training.folders import latest_checkpoint, prune, write_folder
-from medim.training.loop import TrainOptions, learning_rate, make_optimizer
+from medim.training.loop import TrainOptions, learning_rate
+from medim.training.optimizer import make_optimizer
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
@@ -152,18 +153,25 @@ def test_moments_in_8_bits_go_on_bit_for_bit(whole: Path, tiny_model: Path) -> N
     assert losses(whole / "bits") == losses(whole / "bits-again")
 
 
+def test_muon_goes_on_bit_for_bit_and_shares_by_ddp_only(whole: Path, tiny_model: Path) -> None:
+    settings = {"optimizer": "muon", "decay_from": 1.0}
+    run(*config(whole, tiny_model, "muon", **settings, steps=3))
+    found = latest_checkpoint(whole / "muon" / "checkpoints", Checkpoint)
+    assert found is not None and {"exp_avg", "exp_avg_sq", "momentum_buffer"} < set(Checkpoint(found).fields)
+    run(*config(whole, tiny_model, "muon", **settings, steps=6))
+    run(*config(whole, tiny_model, "muon-again", **settings, steps=6))
+    assert losses(whole / "muon") == losses(whole / "muon-again") != losses(whole / "whole")
+    launch = ["-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/fsdp2.yaml"]
+    launch += ["--num_processes", "2", "--main_process_port", "29518"]
+    said = run(*launch, *config(whole, tiny_model, "muon-shared", **settings, steps=3), expect=1)
+    assert "train.optimizer=muon: not with FSDP2, only on one GPU or DDP" in said
+
+
 def test_learning_rate_rises_holds_and_falls() -> None:
     o = TrainOptions(steps=100, lr=1.0, warmup=10, decay_from=0.5)
     assert learning_rate(0, o) == pytest.approx(0.1) and learning_rate(9, o) == 1.0
     assert learning_rate(49, o) == 1.0 and learning_rate(75, o) == pytest.approx(0.5)
     assert learning_rate(99, o) == pytest.approx(0.02)
-
-
-def test_optimizer_decays_matrices_only() -> None:
-    model = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))
-    groups = make_optimizer(model, TrainOptions()).param_groups
-    assert [p.dim() for p in groups[0]["params"]] == [2] and groups[0]["weight_decay"] > 0
-    assert all(p.dim() == 1 for p in groups[1]["params"]) and groups[1]["weight_decay"] == 0
 
 
 class Small:

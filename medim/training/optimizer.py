@@ -1,0 +1,125 @@
+"""What steps the weights: AdamW in four makes, or Muon for the matrices of the decoder's layers."""
+
+from __future__ import annotations
+
+import inspect
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from medim.config import options
+from medim.errors import UserError
+from medim.model.backbone import decoder_layers
+
+WHOLE = ("adamw_8bit", "muon")  # want whole matrices: one GPU or DDP
+
+
+@options
+class OptimizerOptions:
+    """How the weights are stepped.
+
+    Attributes:
+        lr: of AdamW's weights, at its highest.
+        muon_lr: of Muon's matrices, at its highest; an update has the root mean square of 0.2 times it, about that of
+            AdamW's (Liu et al. 2025, arXiv 2502.16982, section 2.2).
+        optimizer: `adamw` is torch's fused one; `muon` steps the matrices of the decoder's layers by their
+            orthogonalised momentum, all else by AdamW (not with ZeRO or FSDP; slow where bf16 is emulated);
+            `adamw_8bit` keeps its moments in 8 bits (bitsandbytes; not with ZeRO or FSDP); `adamw_deepspeed` is
+            DeepSpeed's fused one, for GPUs or for an optimizer that is offloaded.
+    """
+
+    lr: float = 1e-3
+    muon_lr: float = 8e-3
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    optimizer: Literal["adamw", "muon", "adamw_8bit", "adamw_deepspeed"] = "adamw"
+
+
+class Muon(torch.optim.Optimizer):
+    """torch's Muon for matrices and its AdamW for all else, as one optimizer with one state.
+
+    Muon (Jordan 2024, https://kellerjordan.github.io/posts/muon) adds the nearest semi-orthogonal matrix of a momentum,
+    so that all its directions are learnt equally fast. Groups of matrices have a ``scale``: `muon_lr` over `lr`.
+    """
+
+    def __init__(self, matrices: Sequence[Tensor], others: Sequence[dict[str, Any]], o: OptimizerOptions) -> None:
+        self.parts: list[torch.optim.Optimizer] = []
+        if matrices:
+            how: dict[str, Any] = {"weight_decay": o.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
+            self.parts.append(torch.optim.Muon(matrices, lr=o.muon_lr, **how))
+            self.parts[0].param_groups[0]["scale"] = o.muon_lr / o.lr
+        if others:
+            self.parts.append(torch.optim.AdamW(others, lr=o.lr, betas=o.betas, eps=o.eps, fused=True))
+        groups = [group for part in self.parts for group in part.param_groups]
+        super().__init__(groups, {"fused": True})
+        self.param_groups = groups
+        self.state: defaultdict[Tensor, Any] = defaultdict(dict)
+        for part in self.parts:
+            part.state = self.state
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One step of both.
+
+        Raises:
+            ValueError: with a closure.
+        """
+        if closure is not None:
+            raise ValueError("Muon takes no closure")
+        for part in self.parts:
+            part.step()
+
+
+def make_optimizer(model: nn.Module, o: OptimizerOptions) -> torch.optim.Optimizer:
+    """Of the trained weights; decay on matrices only.
+
+    Raises:
+        UserError: the optimizer's package is not installed, or older than the optimizer.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    taken = muon_matrices(model) if o.optimizer == "muon" else []
+    seen = {id(p) for p in taken}
+    matrices = [p for p in trained if _dim(p) >= 2 and id(p) not in seen]
+    others = [p for p in trained if _dim(p) < 2]
+    groups = [{"params": matrices, "weight_decay": o.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    if o.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, eps=o.eps, fused=True)
+    if o.optimizer == "muon":
+        if not hasattr(torch.optim, "Muon"):
+            raise UserError(
+                f"train.optimizer=muon: torch {torch.__version__} is older than Muon: pip install 'torch>=2.9'"
+            )
+        return Muon(taken, groups, o)
+    try:
+        if o.optimizer == "adamw_8bit":
+            from bitsandbytes.optim import AdamW8bit
+
+            return AdamW8bit(groups, lr=o.lr, betas=o.betas, eps=o.eps)
+        from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+    except ImportError as error:
+        package = {"adamw_8bit": "bitsandbytes"}.get(o.optimizer, "deepspeed")
+        raise UserError(f"train.optimizer={o.optimizer}: {package} is not installed: pip install {package}") from error
+    return (FusedAdam if torch.cuda.is_available() else DeepSpeedCPUAdam)(groups, lr=o.lr, betas=o.betas, eps=o.eps)
+
+
+def muon_matrices(model: nn.Module) -> list[Tensor]:
+    """What Muon steps: the trained matrices of linear layers inside the decoder's layers."""
+    backbone: Any = model.backbone
+    linears = [m for layer in decoder_layers(backbone) for m in layer.modules() if isinstance(m, nn.Linear)]
+    return [linear.weight for linear in linears if linear.weight.requires_grad]
+
+
+def newton_schulz_flops(model: nn.Module) -> float:
+    """FLOPs of a step's orthogonalisations: for a matrix [m, n] with m <= n, each iteration multiplies [m, n] by its
+    transpose, the result by itself, and that by [m, n]."""
+    iterations = int(inspect.signature(torch.optim.Muon).parameters["ns_steps"].default)
+    sides = [sorted(matrix.shape) for matrix in muon_matrices(model)]
+    return float(sum(iterations * (4 * m * m * n + 2 * m**3) for m, n in sides))
+
+
+def _dim(parameter: Tensor) -> int:
+    return len(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 leaves an empty tensor of dimension 1
