@@ -5,9 +5,10 @@ from __future__ import annotations
 import inspect
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from medim.config import options
@@ -31,8 +32,8 @@ class OptimizerOptions:
             DeepSpeed's fused one, for GPUs or for an optimizer that is offloaded.
     """
 
-    lr: float = 1e-3
-    muon_lr: float = 8e-3
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    muon_lr: Annotated[float, Field(gt=0)] = 8e-3
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-8
     weight_decay: float = 0.01
