@@ -104,7 +104,7 @@ def test_merged_it_is_the_same_and_needs_no_base(over_demo: Path, tmp_path: Path
     stored = load_file(tmp_path / "half" / "model.safetensors")
     assert {value.dtype for value in stored.values()} == {torch.bfloat16}
     torch.testing.assert_close(
-        logits(MeDiM.from_pretrained(tmp_path / "half").model), logits(one.model), atol=0.2, rtol=0.05
+        logits(MeDiM.from_pretrained(tmp_path / "half").model), logits(one.model), atol=0.3, rtol=0.05
     )
 
 
