@@ -22,6 +22,7 @@ from torch.func import functional_call
 from medim.errors import UserError
 from medim.model import head as heads
 from medim.model.backbone import decoder_layers
+from medim.model.gates import Gated, Marks
 from medim.model.medim import MeDiMModel
 from medim.training.optimizer import muon_matrices
 from medim.training.sizes import Masking, Sizes
@@ -188,10 +189,12 @@ def _run(model: MeDiMModel, sizes: Sizes, bf16: bool, again: bool, layers: int, 
             return value
 
         ids = torch.zeros(rows, length, dtype=torch.long)
+        marks = Marks(ids, ids, ids, ids.float())
         arguments = {
             "attention_mask": _mask(sizes.masking, rows, length),
             "position_ids": ids if sizes.pack else None,
             "place": ids,
+            "gated": Gated(marks, marks) if model.slopes or model.gates is not None else None,
         }
         asked = (ids, torch.zeros(rows, sizes.levels), ids)
         with (
