@@ -102,7 +102,9 @@ def test_merged_it_is_the_same_and_needs_no_base(over_demo: Path, tmp_path: Path
     assert float((logits(one.model) - logits(MeDiM.from_pretrained("demo").model)).abs().max()) > 1e-2
     assert cli.run(cli.merge, [str(over_demo), "--out", str(tmp_path / "half"), "--dtype", "bf16"]) == 0
     stored = load_file(tmp_path / "half" / "model.safetensors")
-    assert {value.dtype for value in stored.values()} == {torch.bfloat16}
+    whole = load_file(tmp_path / "merged" / "model.safetensors")
+    assert stored.keys() == whole.keys()
+    assert all(torch.equal(value, whole[name].to(torch.bfloat16)) for name, value in stored.items())
     torch.testing.assert_close(
         logits(MeDiM.from_pretrained(tmp_path / "half").model), logits(one.model), atol=0.3, rtol=0.05
     )
