@@ -13,9 +13,11 @@ import PIL.Image
 from pydantic import Field
 
 from medim.config import options
-from medim.data import embedded, prepare
+from medim.data import prepare
 from medim.data.order import Order, shares
 from medim.data.phantom import Outlines
+from medim.data.sources import demo
+from medim.data.sources.base import provenance
 from medim.diffusion import Schedule
 from medim.errors import UserError
 from medim.gallery import contact_sheet
@@ -258,12 +260,13 @@ def _adapted_base(init: str) -> str:
 
 def _embed(config: TrainConfig, joint: JointTokenizer, folder: Path, count: int, split: str) -> None:
     """Prepare so many embedded studies in `folder`, or check that they are there."""
-    choice = {"studies": count, "split": split, "seed": config.seed, "lungs": config.data.lungs}
+    choice = demo.DemoOptions(count, split, config.seed, config.data.lungs)
+    how = prepare.Encoding(joint.image, joint.text)
     prepare.prepare(
-        lambda: embedded.studies(count, split, config.seed, config.data.lungs),
-        prepare.Encoding(joint.image, joint.text),
+        lambda: demo.read(Path(), choice),
+        how,
         folder,
         source="demo",
-        options={"source": choice},
+        options=provenance(choice, how.reports),
         total=count,
     )

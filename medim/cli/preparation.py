@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -84,6 +83,7 @@ def _run(name: str, root: Path | None, args: argparse.Namespace, chosen: list[st
     from medim.data.prepare import prepare as write
     from medim.data.reports import ReportOptions
     from medim.data.sources import SOURCES
+    from medim.data.sources.base import provenance
     from medim.pipeline import ASSETS
     from medim.tokenization.image import VQTokenizer
     from medim.tokenization.text import TextTokenizer
@@ -106,14 +106,13 @@ def _run(name: str, root: Path | None, args: argparse.Namespace, chosen: list[st
         args.max_broken,
         args.augmented,
     )
-    said = {"source": dataclasses.asdict(options), "reports": dataclasses.asdict(reports), "limit": args.limit}
     total = getattr(options, "studies", None) if name == "demo" else None
     index = write(
         lambda: itertools.islice(source.read(root, options), args.limit),
         how,
         args.out,
         source=name,
-        options=json.loads(json.dumps(said)),
+        options=provenance(options, reports, args.limit),
         total=min(total, args.limit or total) if total else None,
     )
     if not index:

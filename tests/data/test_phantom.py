@@ -106,6 +106,8 @@ def test_a_finding_is_seen_where_it_is_told(name: str, normal: np.ndarray) -> No
 def test_the_mixture_has_both_domains_in_fixed_places() -> None:
     domains = [embedded.domain_of(index) for index in range(1000)]
     assert domains.count("xray") == 700 and domains[:10] == domains[10:20] == domains[-10:]
+    tissue = [make() for make in embedded.studies(4, "test", 0, xrays_in_ten=0)]
+    assert [one.images[0].modality for one in tissue] == ["pathology"] * 4
     some = [embedded.study(0, index, "test") for index in range(4, 10)]
     assert [one.images[0].modality for one in some] == [embedded.domain_of(index) for index in range(4, 10)]
     for one in some:

@@ -10,6 +10,7 @@ import PIL.Image
 import pytest
 
 from medim.canvas import ROLES
+from medim.cli import main
 from medim.data import prepare
 from medim.data.order import Order
 from medim.data.studies import Image, Study
@@ -80,3 +81,19 @@ def test_a_mixture_of_datasets(tiny_model: Path, tmp_path: Path) -> None:
         assert shown.sum() >= 4 and (ids[n, : len(row)] == row)[shown].all()
     with pytest.raises(UserError, match="1 weights for 2 sources"):
         make_task(TrainConfig(str(tmp_path / "run"), DataOptions(paths, weights=(1.0,)), init=str(tiny_model)))
+
+
+def test_embedded_studies_that_the_command_prepared(tiny_model: Path, tmp_path: Path) -> None:
+    tokenizers = ["--image-tokenizer", str(tiny_model / "image_tokenizer")]
+    tokenizers += ["--text-tokenizer", str(tiny_model / "text_tokenizer")]
+    assert main(["prepare", "demo", "--studies", "4", "--seed", "8", *tokenizers, "--out", str(tmp_path / "data")]) == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "data").rglob("*")}
+
+    def run(seed: int) -> TrainConfig:
+        data = DataOptions(str(tmp_path / "data"), studies=4)
+        return TrainConfig(str(tmp_path / "run"), data, init=str(tiny_model), seed=seed)
+
+    assert [len(data) for data in make_task(run(8)).rows.data] == [4]
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "data").rglob("*")} == before
+    with pytest.raises(UserError, match="give another folder or remove it"):
+        make_task(run(9))

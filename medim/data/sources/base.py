@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -31,6 +33,12 @@ class Source:
     about: str
     layout: str
     packaged: bool = False
+
+
+def provenance(options: Any, reports: Any, limit: int | None = None) -> dict[str, Any]:
+    """What a dataset is made of besides its source, as prepare.json says it: the options of the source and of reports."""
+    said = {"source": dataclasses.asdict(options), "reports": dataclasses.asdict(reports), "limit": limit}
+    return json.loads(json.dumps(said))
 
 
 def files_under(root: Path) -> Iterator[Path]:

@@ -24,17 +24,19 @@ class DemoOptions:
         split: of which split; the three never share a study.
         seed: another one gives other studies.
         lungs: outlines of the X-rays; `real` ones come with an installed torchxrayvision.
+        xrays_in_ten: how many of ten studies are X-rays; the others are tiles of tissue.
     """
 
     studies: Annotated[int, Field(ge=1)] = 6000
     split: Literal["train", "validation", "test"] = "train"
     seed: int = 0
     lungs: Outlines = "ellipse"
+    xrays_in_ten: Annotated[int, Field(ge=0, le=10)] = embedded.XRAYS_IN_TEN
 
 
 def read(_root: Path, choice: DemoOptions) -> Iterator[Callable[[], Study]]:
     """The studies, each made when it is called."""
-    return embedded.studies(choice.studies, choice.split, choice.seed, choice.lungs)
+    return embedded.studies(choice.studies, choice.split, choice.seed, choice.lungs, choice.xrays_in_ten)
 
 
 SOURCE = Source(
