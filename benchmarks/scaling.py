@@ -3,7 +3,7 @@
     python -m benchmarks.scaling runs/scaling
     python -m benchmarks.scaling runs/scaling --steps 20 --studies 64,128,256   # small
 
-Our recipe (`benchmarks.recipe`) but for its decay, so that each validation of a run is the end of a shorter one, on
+Our recipe (`benchmarks.recipe`), whose rate does not fall, so that each validation of a run is the end of a shorter one, on
 embedded studies. L is the bound in bits of a whole X-ray pair, held-out, averaged weights. Of the largest data, of
 which no study is seen twice, all points are fitted by L = E + A / N^a + B / S^b (Hoffmann et al. 2022, arXiv
 2203.15556, section 3.3): N weights without embeddings, S studies seen; intervals by leaving out a network, or the
@@ -48,7 +48,7 @@ def settings(name: str) -> dict[str, str]:
     width, layers, inner = NETWORKS[name]
     shape = {"hidden_size": width, "num_hidden_layers": layers, "intermediate_size": inner}
     known, _ = recipes()["ours"]
-    return known | {f"model.backbone.{key}": str(value) for key, value in shape.items()} | {"train.decay_from": "1"}
+    return known | {f"model.backbone.{key}": str(value) for key, value in shape.items()}
 
 
 def sizes(name: str) -> tuple[int, float]:
@@ -183,7 +183,7 @@ def show(found: dict[str, Any], studies: Sequence[int]) -> str:
 def _main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder of the runs, which are kept")
-    parser.add_argument("--steps", type=int, default=400, help="of each run (400)")
+    parser.add_argument("--steps", type=int, default=800, help="of each run (800)")
     parser.add_argument("--studies", default="400,1600,6400", help="three sizes of the data (400,1600,6400)")
     parser.add_argument("--validation", type=int, default=96, help="studies (96)")
     parser.add_argument("--points", type=int, default=5, help="of each curve (5)")

@@ -31,14 +31,15 @@ def test_all_recipes_are_configs_of_one_network_but_for_their_rungs() -> None:
     }
     assert len({repr(one) for one in made.values()}) == len(made) - 1  # "ours" is the top of the ladder
     for one in made.values():
-        assert one.model.backbone.hidden_size == 96 and one.train.lr == 2e-3 and one.train.batch_size == 16
+        assert one.model.backbone.hidden_size == 96 and one.train.batch_size == 8
     assert made["paper"].objective.tasks == {"pair": 0, "report": 0, "image": 0, "joint": 1}
     cost = {name: recipe.flops(recipe.recipes()[name][0]) for name in recipe.LADDER}
-    assert 0 < cost["narrow AdaLN"] < cost["averaged weights"]
+    assert 0 < cost["narrow AdaLN"] < cost["no clean first sentence"]
     assert cost["Muon"] > cost["2-D positions"]  # its orthogonalisations count
     quick = recipe.recipes(quick=True)
     assert [name for name in quick if name in recipe.LADDER] == [k for k, rung in recipe.LADDER.items() if rung.kept]
     assert quick["ours"] == recipe.recipes()["ours"]
+    assert recipe.recipes(ends=True) == {name: recipe.recipes()[name] for name in ("paper", "ours")}
 
 
 def test_a_gain_is_one_minus_the_geometric_mean_of_the_ratios() -> None:
