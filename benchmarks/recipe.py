@@ -104,16 +104,16 @@ def tasks(mixture: str) -> dict[str, str]:
 
 LADDER = {
     "min-SNR weights": Rung({"objective.weighting": "min_snr"}),
+    "averaged weights": Rung({"train.ema": "0.98"}),
     "2-D positions": Rung(
         {"model.places": "144", "model.backbone.rotary_fraction": "0.5", "model.alibi": "[4.0, 1.0, 0.25, 0.0]"}
     ),
-    "Muon": Rung({"train.optimizer": "muon", "train.muon_lr": "1e-2", "train.lr": "3e-3"}),
+    "Muon": Rung({"train.optimizer": "muon", "train.muon_lr": "8e-3", "train.lr": "2e-3"}),
     "text weighs 3": Rung({"objective.modality_weights": "{text: 3, image: 1}"}),
-    "averaged weights": Rung({"train.ema": "0.98"}),
-    "stratified noise": Rung({"objective.stratified": "true"}),
-    "no clean first sentence": Rung({"objective.first_sentence": "0"}),
     "narrow AdaLN": Rung({"model.adaln_dim": "32"}),
     "rows of the codebook": Rung({"model.rows": "codebook"}),
+    "stratified noise": Rung({"objective.stratified": "true"}, kept=False),
+    "no clean first sentence": Rung({"objective.first_sentence": "0"}, kept=False),
     "flat weights": Rung({"objective.weighting": "flat"}, kept=False),
     "identity gates": Rung({"model.adaln_start": "identity"}, kept=False),
     "warm-up": Rung({"train.warmup": "20"}, kept=False),
