@@ -104,12 +104,12 @@ def tasks(mixture: str) -> dict[str, str]:
 
 LADDER = {
     "min-SNR weights": Rung({"objective.weighting": "min_snr"}),
-    "averaged weights": Rung({"train.ema": "0.98"}),
     "2-D positions": Rung(
         {"model.places": "144", "model.backbone.rotary_fraction": "0.5", "model.alibi": "[4.0, 1.0, 0.25, 0.0]"}
     ),
     "Muon": Rung({"train.optimizer": "muon", "train.muon_lr": "8e-3", "train.lr": "2e-3"}),
     "text weighs 3": Rung({"objective.modality_weights": "{text: 3, image: 1}"}),
+    "averaged weights": Rung({"train.ema": "0.98"}),
     "narrow AdaLN": Rung({"model.adaln_dim": "32"}),
     "rows of the codebook": Rung({"model.rows": "codebook"}),
     "stratified noise": Rung({"objective.stratified": "true"}, kept=False),
@@ -286,6 +286,9 @@ def draw(found: dict[str, Any], path: Path) -> None:
                 label = name if number == 0 else None
                 axis.plot(compute, [point[cell] for point in points], ".-", color=colour, alpha=0.7, label=label)
         axis.set(xscale="log", yscale="log", xlabel="FLOPs", ylabel=f"X-ray, {unit}, validation")
+        axis.xaxis.set_minor_formatter("")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
         axis.legend(frameon=False)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -13,7 +13,7 @@ import PIL.Image
 from pydantic import Field
 
 from medim.config import options
-from medim.data import prepare
+from medim.data import phantom, prepare
 from medim.data.order import Order, shares
 from medim.data.phantom import Outlines
 from medim.data.sources import demo
@@ -56,6 +56,7 @@ class DataOptions:
         studies: when `path` is missing, so many embedded studies are encoded there; 0 says that it must exist.
         pack: positions of a row that several studies share without seeing each other; 0 pads one study a row.
         lungs: outlines of the embedded X-rays; `real` ones come with an installed torchxrayvision.
+        pixels: of a side of the embedded pictures.
         domain: the image modality of reports without an image (for the lengths of their slots); empty: none.
     """
 
@@ -67,6 +68,7 @@ class DataOptions:
     untold: Annotated[float, Field(ge=0, le=1)] = 0.1
     studies: int = 0
     lungs: Outlines = "ellipse"
+    pixels: int = phantom.SIZE
     pack: Annotated[int, Field(ge=0)] = 0
     domain: str = ""
 
@@ -260,7 +262,7 @@ def _adapted_base(init: str) -> str:
 
 def _embed(config: TrainConfig, joint: JointTokenizer, folder: Path, count: int, split: str) -> None:
     """Prepare so many embedded studies in `folder`, or check that they are there."""
-    choice = demo.DemoOptions(count, split, config.seed, config.data.lungs)
+    choice = demo.DemoOptions(count, split, config.seed, config.data.lungs, pixels=config.data.pixels)
     how = prepare.Encoding(joint.image, joint.text)
     prepare.prepare(
         lambda: demo.read(Path(), choice),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 from medim.data import pathology, phantom
 from medim.data.studies import Study
@@ -24,19 +25,20 @@ def study(
     split: str = "train",
     lungs: phantom.Outlines = "ellipse",
     xrays_in_ten: int = XRAYS_IN_TEN,
+    pixels: int = phantom.SIZE,
 ) -> Study:
-    """The `index`-th study of the mixture, a pure function of its arguments; `lungs` is the X-rays' outlines."""
+    """The `index`-th study of the mixture, a pure function of its arguments.
+
+    Args:
+        lungs: the X-rays' outlines.
+        xrays_in_ten: how many of ten studies are X-rays.
+        pixels: of a side of the picture; a tile has a wider field then, an X-ray is drawn finer.
+    """
     if domain_of(index, xrays_in_ten) == "xray":
-        return phantom.study(seed, index, split, lungs)
-    return pathology.study(seed, index, split)
+        return phantom.study(seed, index, split, lungs, pixels)
+    return pathology.study(seed, index, split, pixels)
 
 
-def studies(
-    count: int,
-    split: str = "train",
-    seed: int = 0,
-    lungs: phantom.Outlines = "ellipse",
-    xrays_in_ten: int = XRAYS_IN_TEN,
-) -> Iterator[Callable[[], Study]]:
-    """The first `count` studies of the mixture; each is made when it is called."""
-    return (partial(study, seed, index, split, lungs, xrays_in_ten) for index in range(count))
+def studies(count: int, split: str = "train", seed: int = 0, **how: Any) -> Iterator[Callable[[], Study]]:
+    """The first `count` studies of the mixture, of which `study` says `how`; each is made when it is called."""
+    return (partial(study, seed, index, split, **how) for index in range(count))

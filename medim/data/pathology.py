@@ -22,7 +22,7 @@ from scipy.ndimage import gaussian_filter, uniform_filter
 from medim.data.studies import Image, Study
 from medim.errors import UserError
 
-TILE = 96  # pixels a side: 48 um
+TILE = 96  # pixels a side, unless another is asked for: 48 um
 SPACING = (0.000499, 0.000499)  # mm per pixel
 
 
@@ -187,31 +187,31 @@ def _crop(split: str) -> UInt8[ndarray, "H W 3"]:
 
 
 @functools.cache
-def _corners(split: str) -> Int[ndarray, " N"]:
+def _corners(split: str, tile: int) -> Int[ndarray, " N"]:
     """Flat indices in the split's crop of tile corners (top left): much tissue, no keratin, little ink."""
     pixels, box = _crop(split), SPLITS[split]
     keratin = PIL.Image.new("L", (box.right - box.left, box.bottom - box.top))
     for polygon in KERATIN:
         PIL.ImageDraw.Draw(keratin).polygon([(x - box.left, y - box.top) for x, y in polygon], fill=1)
-    tissue = uniform_filter((pixels[..., 1] < 200).astype(np.float32), TILE) > 0.5
+    tissue = uniform_filter((pixels[..., 1] < 200).astype(np.float32), tile) > 0.5
     red, green, _ = pixels.astype(np.int16).transpose(2, 0, 1)
-    ink = uniform_filter((green > red + 20).astype(np.float32), TILE) > 0.005
-    allowed = tissue & ~ink & (uniform_filter(np.asarray(keratin, dtype=np.float32), TILE) < 1e-4)
+    ink = uniform_filter((green > red + 20).astype(np.float32), tile) > 0.005
+    allowed = tissue & ~ink & (uniform_filter(np.asarray(keratin, dtype=np.float32), tile) < 1e-4)
     corners = np.zeros_like(allowed)
-    half = TILE // 2  # uniform_filter centres a window of even size on its upper middle: rows i - half .. i + half - 1
-    rows, columns = allowed.shape[0] - TILE + 1, allowed.shape[1] - TILE + 1
+    half = tile // 2  # uniform_filter centres a window of even size on its upper middle: rows i - half .. i + half - 1
+    rows, columns = allowed.shape[0] - tile + 1, allowed.shape[1] - tile + 1
     corners[:rows, :columns] = allowed[half : half + rows, half : half + columns]
     return np.flatnonzero(corners)
 
 
-def position(seed: int, index: int, split: str) -> tuple[int, int]:
+def position(seed: int, index: int, split: str, pixels: int = TILE) -> tuple[int, int]:
     """(row, column) in the slide of the top left pixel of the tile that `study` cuts."""
-    return _position(_generator(seed, index, split), split)
+    return _position(_generator(seed, index, split), split, pixels)
 
 
-def _position(rng: np.random.Generator, split: str) -> tuple[int, int]:
+def _position(rng: np.random.Generator, split: str, pixels: int) -> tuple[int, int]:
     box = SPLITS[split]
-    row, column = divmod(int(rng.choice(_corners(split))), box.right - box.left)
+    row, column = divmod(int(rng.choice(_corners(split, pixels))), box.right - box.left)
     return box.top + row, box.left + column
 
 
@@ -223,8 +223,8 @@ def _generator(seed: int, index: int, split: str) -> np.random.Generator:
     return np.random.default_rng((seed, index, list(SPLITS).index(split)))
 
 
-def study(seed: int, index: int, split: str) -> Study:
-    """Tile `index` of a split, 96 x 96 pixels of 0.499 um in one of 8 orientations, with its measured report.
+def study(seed: int, index: int, split: str, pixels: int = TILE) -> Study:
+    """Tile `index` of a split, `pixels` of 0.499 um a side, in one of 8 orientations, with its measured report.
 
     A pure function of its arguments; the splits share no pixel.
 
@@ -232,9 +232,9 @@ def study(seed: int, index: int, split: str) -> Study:
         UserError: for an unknown split, or a negative seed or index.
     """
     rng = _generator(seed, index, split)
-    top, left = _position(rng, split)
+    top, left = _position(rng, split, pixels)
     box = SPLITS[split]
-    tile = _crop(split)[top - box.top :, left - box.left :][:TILE, :TILE]
+    tile = _crop(split)[top - box.top :, left - box.left :][:pixels, :pixels]
     turns, mirrored = int(rng.integers(4)), bool(rng.integers(2))
     tile = np.rot90(tile[:, ::-1] if mirrored else tile, turns)
     image = PIL.Image.fromarray(np.ascontiguousarray(tile))

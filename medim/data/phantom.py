@@ -19,7 +19,7 @@ from scipy import ndimage
 
 from medim.data.studies import Image, Study
 
-SIZE = 96
+SIZE = 96  # pixels a side, unless another is asked for
 SIDES = ("right", "left")
 ZONES = ("upper", "mid", "lower")
 FINDINGS: tuple[str, ...] = (
@@ -56,8 +56,8 @@ class Anatomy:
         return {name: name in present for name in FINDINGS}
 
 
-def study(seed: int, index: int, split: str = "train", lungs: Outlines = "ellipse") -> Study:
-    """The `index`-th study of a split: one 96 x 96 gray image and its report.
+def study(seed: int, index: int, split: str = "train", lungs: Outlines = "ellipse", pixels: int = SIZE) -> Study:
+    """The `index`-th study of a split: one gray image of `pixels` a side and its report.
 
     Raises:
         IndexError: `index` lies outside the split's fixed range.
@@ -67,13 +67,12 @@ def study(seed: int, index: int, split: str = "train", lungs: Outlines = "ellips
     number = SPLITS[split][index]
     drawing, noise, wording = (np.random.default_rng([seed, number, stream]) for stream in range(3))
     anatomy = draw_anatomy(drawing)
-    image = render(anatomy, noise, lungs)
+    image = PIL.Image.fromarray(render(anatomy, noise, lungs, pixels))
     name = f"xray-{split}-{index:06d}"
-    pixels = PIL.Image.fromarray(image)
     return Study(
         id=name,
         patient_id=name,
-        images=(Image("xray", pixels, view="PA"),),
+        images=(Image("xray", image, view="PA"),),
         report=report(anatomy, wording),
         split=split,
         source="phantom",
@@ -108,14 +107,20 @@ def _soft(distance: Plane, width: float = 0.012) -> Plane:
 
 
 @functools.cache
-def _grid() -> tuple[Plane, Plane]:
-    y, x = ((np.mgrid[0:SIZE, 0:SIZE] + 0.5) / SIZE).astype(np.float32)
+def _grid(pixels: int) -> tuple[Plane, Plane]:
+    y, x = ((np.mgrid[0:pixels, 0:pixels] + 0.5) / pixels).astype(np.float32)
     return y, x
 
 
-def _elliptic_lungs(rng: np.random.Generator) -> dict[str, Plane]:
+def _cloud(rng: np.random.Generator, width: float, pixels: int) -> Plane:
+    """Smooth noise; `width` in pixels of a picture of `SIZE`. Larger pictures have the same cloud, drawn finer."""
+    cloud = ndimage.gaussian_filter(rng.normal(0, 1, (SIZE, SIZE)), width)
+    return cloud if pixels == SIZE else ndimage.zoom(cloud, pixels / SIZE, order=1, grid_mode=True, mode="nearest")
+
+
+def _elliptic_lungs(rng: np.random.Generator, pixels: int) -> dict[str, Plane]:
     """Two lungs: an ellipse that narrows to the apex, cut below by the dome of the diaphragm."""
-    y, x = _grid()
+    y, x = _grid(pixels)
     middle, shift = 0.5 + rng.normal(0, 0.008), rng.normal(0, 0.012)
     lungs = {}
     for side, sign in (("right", -1), ("left", 1)):
@@ -132,16 +137,16 @@ def _elliptic_lungs(rng: np.random.Generator) -> dict[str, Plane]:
 
 
 @functools.cache
-def _real_outlines() -> list[dict[str, Plane]]:
+def _real_outlines(pixels: int) -> list[dict[str, Plane]]:
     from medim.data.outlines import lung_pairs
 
-    return lung_pairs(SIZE)
+    return lung_pairs(pixels)
 
 
-def _lungs(rng: np.random.Generator, kind: Outlines) -> dict[str, Plane]:
+def _lungs(rng: np.random.Generator, kind: Outlines, pixels: int) -> dict[str, Plane]:
     if kind == "ellipse":
-        return _elliptic_lungs(rng)
-    pairs = _real_outlines()
+        return _elliptic_lungs(rng, pixels)
+    pairs = _real_outlines(pixels)
     return pairs[int(rng.integers(len(pairs)))]
 
 
@@ -155,7 +160,7 @@ class _Box:
     @classmethod
     def of(cls, mask: Plane) -> _Box:
         rows, columns = np.flatnonzero(mask.max(1) > 0.5), np.flatnonzero(mask.max(0) > 0.5)
-        return cls(*(float(v) / SIZE for v in (rows[0], rows[-1] + 1, columns[0], columns[-1] + 1)))
+        return cls(*(float(v) / len(mask) for v in (rows[0], rows[-1] + 1, columns[0], columns[-1] + 1)))
 
     @property
     def height(self) -> float:
@@ -166,9 +171,9 @@ class _Box:
         return self.right - self.left
 
 
-def _vessels(rng: np.random.Generator, box: _Box, sign: int) -> Plane:
+def _vessels(rng: np.random.Generator, box: _Box, sign: int, pixels: int) -> Plane:
     """Bright branches that leave the hilum and fade, as a soft distance to a few segments."""
-    y, x = _grid()
+    y, x = _grid(pixels)
     hilum_x, hilum_y = (box.right if sign < 0 else box.left) + sign * 0.015, box.top + 0.47 * box.height
     angles = rng.uniform(-1.25, 1.25, size=(7, 1, 1)).astype(np.float32)
     dx, dy = sign * np.cos(angles), np.sin(angles)
@@ -179,8 +184,8 @@ def _vessels(rng: np.random.Generator, box: _Box, sign: int) -> Plane:
     return lines.max(0) + 0.9 * np.exp(-(((x - hilum_x) / 0.03) ** 2) - ((y - hilum_y) / 0.055) ** 2)
 
 
-def _ribs(rng: np.random.Generator) -> Plane:
-    y, x = _grid()
+def _ribs(rng: np.random.Generator, pixels: int) -> Plane:
+    y, x = _grid(pixels)
     start, gap = rng.uniform(0.10, 0.14), rng.uniform(0.082, 0.092)
     distance = np.abs(x - 0.5)
     phase = (y - start - 0.9 * np.clip(distance - 0.08, 0, None) ** 1.5 - 0.12 * np.clip(0.1 - distance, 0, None)) / gap
@@ -190,14 +195,17 @@ def _ribs(rng: np.random.Generator) -> Plane:
 def _collapsed(lung: Plane, box: _Box, sign: int, air: float) -> Plane:
     """The lung shrunk towards its hilum by the share `air` of its width (0.4 of that in height)."""
     scale = np.array([1 - 0.4 * air, 1 - air])
-    fixed = np.array([box.top + 0.62 * box.height, box.right if sign < 0 else box.left]) * SIZE - 0.5
+    fixed = np.array([box.top + 0.62 * box.height, box.right if sign < 0 else box.left]) * len(lung) - 0.5
     return ndimage.affine_transform(lung, 1 / scale, fixed - fixed / scale, order=1)
 
 
-def render(anatomy: Anatomy, rng: np.random.Generator, lungs: Outlines = "ellipse") -> np.ndarray:
-    """Draw the findings: uint8 [96, 96], bright = dense."""
-    y, x = _grid()
-    masks = _lungs(rng, lungs)
+def render(
+    anatomy: Anatomy, rng: np.random.Generator, lungs: Outlines = "ellipse", pixels: int = SIZE
+) -> np.ndarray:
+    """Draw the findings: uint8 [pixels, pixels], bright = dense."""
+    y, x = _grid(pixels)
+    fine = pixels / SIZE  # a blur is as wide a part of every picture; the grain of the film is that of its pixels
+    masks = _lungs(rng, lungs, pixels)
     boxes = {side: _Box.of(mask) for side, mask in masks.items()}
     inside = masks["right"] + masks["left"]
     middle = (boxes["right"].right + boxes["left"].left) / 2
@@ -206,22 +214,22 @@ def render(anatomy: Anatomy, rng: np.random.Generator, lungs: Outlines = "ellips
     body = _soft(0.47 + 0.06 * np.clip((y - 0.15) / 0.3, 0, 1) - np.abs(x - middle), 0.02) * _soft(y - 0.02, 0.03)
     image = 12 + body * (140 + 12 * np.clip((y - 0.75) / 0.2, 0, 1))
     air = 46.0 + rng.normal(0, 4)
-    texture = ndimage.gaussian_filter(rng.normal(0, 1, (SIZE, SIZE)), 1.4) * 14
+    texture = _cloud(rng, 1.4, pixels) * 14
     image += inside * (air - 144 + texture)
     for side, sign in (("right", -1), ("left", 1)):
-        image += inside * 44 * _vessels(rng, boxes[side], sign) * masks[side]
-    image += 13 * _ribs(rng) * (0.35 + 0.65 * inside) * body
+        image += inside * 44 * _vessels(rng, boxes[side], sign, pixels) * masks[side]
+    image += 13 * _ribs(rng, pixels) * (0.35 + 0.65 * inside) * body
 
     for side, size in anatomy.pneumothorax.items():
         sign = -1 if side == "right" else 1
         shrunk = _collapsed(masks[side], boxes[side], sign, rng.uniform(*PNEUMOTHORAX[size]))
         free = np.clip(masks[side] - shrunk, 0, 1)
-        edge = np.abs(ndimage.gaussian_gradient_magnitude(shrunk, 0.7)) * masks[side] * _soft(0.95 - shrunk, 0.05)
-        image = image * (1 - free) + free * (20 + 5 * _ribs(rng)) + 110 * edge
+        edge = np.abs(fine * ndimage.gaussian_gradient_magnitude(shrunk, 0.7 * fine)) * masks[side] * _soft(0.95 - shrunk, 0.05)
+        image = image * (1 - free) + free * (20 + 5 * _ribs(rng, pixels)) + 110 * edge
 
     image = _mediastinum(image, anatomy, rng, middle, outer, boxes)
     for side, zone in anatomy.opacity:
-        image += masks[side] * _opacity(rng, boxes[side], ZONES.index(zone))
+        image += masks[side] * _opacity(rng, boxes[side], ZONES.index(zone), pixels)
     for side, size in anatomy.effusion.items():
         box, sign = boxes[side], (-1 if side == "right" else 1)
         level = box.bottom - rng.uniform(*EFFUSION[size]) * box.height
@@ -229,16 +237,16 @@ def render(anatomy: Anatomy, rng: np.random.Generator, lungs: Outlines = "ellips
         fluid = masks[side] * _soft(y - level + 0.07 * lateral**2 - 0.02)
         image = image * (1 - fluid) + fluid * (184 + 0.15 * texture)
 
-    image = ndimage.gaussian_filter(image, 0.6) * rng.uniform(0.95, 1.05) + rng.normal(0, 4)
+    image = ndimage.gaussian_filter(image, 0.6 * fine) * rng.uniform(0.95, 1.05) + rng.normal(0, 4)
     return np.clip(image + rng.normal(0, 2.0, image.shape), 0, 255).astype(np.uint8)
 
 
-def _opacity(rng: np.random.Generator, box: _Box, zone: int) -> Plane:
-    y, x = _grid()
+def _opacity(rng: np.random.Generator, box: _Box, zone: int, pixels: int) -> Plane:
+    y, x = _grid(pixels)
     cy = box.top + (0.22, 0.50, 0.78)[zone] * box.height + rng.uniform(-0.02, 0.02)
     cx = box.left + rng.uniform(0.40, 0.60) * box.width
     ry, rx = rng.uniform(0.055, 0.075), rng.uniform(0.06, 0.085)
-    blotch = 1 + 0.25 * ndimage.gaussian_filter(rng.normal(0, 1, (SIZE, SIZE)), 2.5) * 6
+    blotch = 1 + 0.25 * _cloud(rng, 2.5, pixels) * 6
     return rng.uniform(80, 100) * np.exp(-((((y - cy) / ry) ** 2 + ((x - cx) / rx) ** 2) ** 1.5)) * blotch
 
 
@@ -246,7 +254,7 @@ def _mediastinum(
     image: Plane, anatomy: Anatomy, rng: np.random.Generator, middle: float, outer: float, boxes: dict[str, _Box]
 ) -> Plane:
     """Spine, great vessels and a heart whose width is the drawn cardiothoracic ratio times the thoracic width."""
-    y, x = _grid()
+    y, x = _grid(len(image))
     ratio = rng.uniform(*HEART[anatomy.heart])
     half = ratio * outer / 2
     floor = (boxes["right"].bottom + boxes["left"].bottom) / 2

@@ -34,7 +34,7 @@ def test_all_recipes_are_configs_of_one_network_but_for_their_rungs() -> None:
         assert one.model.backbone.hidden_size == 96 and one.train.batch_size == 8
     assert made["paper"].objective.tasks == {"pair": 0, "report": 0, "image": 0, "joint": 1}
     cost = {name: recipe.flops(recipe.recipes()[name][0]) for name in recipe.LADDER}
-    assert 0 < cost["narrow AdaLN"] < cost["text weighs 3"]
+    assert 0 < cost["narrow AdaLN"] < cost["averaged weights"]
     assert cost["Muon"] > cost["2-D positions"]  # its orthogonalisations count
     quick = recipe.recipes(quick=True)
     assert [name for name in quick if name in recipe.LADDER] == [k for k, rung in recipe.LADDER.items() if rung.kept]

@@ -8,7 +8,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from medim.data import embedded
+from medim.data import embedded, pathology
 from medim.data.phantom import FINDINGS, SIZE, SPLITS, Anatomy, draw_anatomy, parse, render, report, study
 from medim.data.studies import Study
 
@@ -112,3 +112,25 @@ def test_the_mixture_has_both_domains_in_fixed_places() -> None:
     assert [one.images[0].modality for one in some] == [embedded.domain_of(index) for index in range(4, 10)]
     for one in some:
         assert any(embedded.PARSERS[one.images[0].modality](one.report).values()) or "normal" in one.report.lower()
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_more_pixels_are_the_same_study_drawn_finer(split: str) -> None:
+    for index in range(8):
+        small, large = (study(3, index, split, pixels=side) for side in (96, 128))
+        assert small.report == large.report
+        a, b = (one.images[0].pixels for one in (small, large))
+        assert a.size == (96, 96) and b.size == (128, 128)
+        shrunk = np.asarray(b.resize((96, 96), PIL.Image.Resampling.BOX), dtype=float)
+        assert np.abs(shrunk - np.asarray(a, dtype=float)).mean() < 4  # of 255: mostly the grain
+
+
+def test_larger_tiles_are_tissue_of_the_same_split() -> None:
+    for index in range(8):
+        row, column = pathology.position(3, index, "test", 128)
+        box = pathology.SPLITS["test"]
+        assert box.top <= row <= box.bottom - 128 and box.left <= column <= box.right - 128
+        one = pathology.study(3, index, "test", 128)
+        picture = one.images[0].pixels
+        assert picture.size == (128, 128) and picture == pathology.study(3, index, "test", 128).images[0].pixels
+        assert pathology.parse(one.report) == pathology.findings(pathology.measure(picture))

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from medim.config import options
-from medim.data import embedded
+from medim.data import embedded, phantom
 from medim.data.phantom import Outlines
 from medim.data.sources.base import Source
 from medim.data.studies import Study
@@ -25,6 +25,7 @@ class DemoOptions:
         seed: another one gives other studies.
         lungs: outlines of the X-rays; `real` ones come with an installed torchxrayvision.
         xrays_in_ten: how many of ten studies are X-rays; the others are tiles of tissue.
+        pixels: of a side of the pictures: an X-ray is drawn finer, a tile has a wider field.
     """
 
     studies: Annotated[int, Field(ge=1)] = 6000
@@ -32,11 +33,19 @@ class DemoOptions:
     seed: int = 0
     lungs: Outlines = "ellipse"
     xrays_in_ten: Annotated[int, Field(ge=0, le=10)] = embedded.XRAYS_IN_TEN
+    pixels: Annotated[int, Field(ge=32, le=256, multiple_of=2)] = phantom.SIZE
 
 
 def read(_root: Path, choice: DemoOptions) -> Iterator[Callable[[], Study]]:
     """The studies, each made when it is called."""
-    return embedded.studies(choice.studies, choice.split, choice.seed, choice.lungs, choice.xrays_in_ten)
+    return embedded.studies(
+        choice.studies,
+        choice.split,
+        choice.seed,
+        lungs=choice.lungs,
+        xrays_in_ten=choice.xrays_in_ten,
+        pixels=choice.pixels,
+    )
 
 
 SOURCE = Source(
