@@ -3,7 +3,7 @@
     python -m benchmarks.recipe runs/recipe --quick          # the signs of what is kept, one seed
     python -m benchmarks.recipe runs/recipe                  # three seeds
     python -m benchmarks.recipe runs/recipe-seconds --equal seconds
-    python -m benchmarks.recipe runs/recipe-long --ends --steps 2400 --samples 48   # only the paper's recipe and ours
+    python -m benchmarks.recipe runs/recipe-long --ends --steps 2400 --samples 32   # the paper's recipe and ours only
 
 All recipes train one network on the same embedded X-rays and pathology tiles, in the same order, for as many steps as
 the same FLOPs (or seconds) pay for. A rung has all that was kept before it and one change. Measured on validation
@@ -11,8 +11,9 @@ studies with a fixed draw of noise, by domain, as bounds (MDLM eq. 10): bits a r
 given the report, and both for pairs under one noise level; a report's bits hold those of its slot's length. `gain` is
 1 minus the geometric mean, over these eight, of a rung to the one below it: above 0 is better. `ours, a third` has a
 third of the paper's cost. With --samples, coherence of the paper's recipe and of ours is that of `eval/demo.yaml`,
-each by its plan (`configs/sample/paper.yaml`, `configs/sample/together.yaml`). What was trained is kept: the same command goes on where it was. OUT/recipe.png has gains, and bits
-against compute. Prints a table (mean over seeds, half the range), then one JSON object as its last line.
+each by its plan (`configs/sample/paper.yaml`, `configs/sample/together.yaml`). What was trained is kept: the same
+command goes on where it was. OUT/recipe.png has gains, and bits against compute. Prints a table (mean over seeds, half
+the range), then one JSON object as its last line.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ DOMAINS = ("xray", "pathology")
 CELLS = [f"{task}/{domain}/{kind}" for domain in DOMAINS for task, kind in
          (("report", "text"), ("image", "image"), ("joint", "text"), ("joint", "image"))]  # fmt: skip
 TASKS = ("pair", "report", "image")
-# The network and the run that all recipes share; 8 is the authors' global batch. One thing is not theirs: their learning
-# rate, 1e-5, is that of a pretrained network of billions; here it is what suits their recipe best (docs/LOG.md).
+# The network and the run that all recipes share; 8 is the authors' global batch. One thing is not theirs: their
+# learning rate, 1e-5, is of a pretrained network of billions; here it is what suits their recipe best (docs/LOG.md).
 SHARED = {
     "model.backbone.hidden_size": "96",
     "model.backbone.num_hidden_layers": "3",
@@ -122,7 +123,8 @@ LADDER = {
     "independent levels": Rung({"objective.tasks": "{joint: 0, pair: 1, report: 0, image: 0}"}, kept=False),
     "task mixture": Rung(tasks("{joint: 0, pair: 0.4, report: 0.3, image: 0.3}"), kept=False),
     "joint and tasks, prefix attention": Rung(
-        tasks("{joint: 0.5, pair: 0, report: 0.3, image: 0.2}") | {"objective.condition_attention": "prefix"}, kept=False
+        tasks("{joint: 0.5, pair: 0, report: 0.3, image: 0.2}") | {"objective.condition_attention": "prefix"},
+        kept=False,
     ),
 }
 

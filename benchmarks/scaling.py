@@ -3,9 +3,9 @@
     python -m benchmarks.scaling runs/scaling
     python -m benchmarks.scaling runs/scaling --steps 20 --studies 64,128,256   # small
 
-Our recipe (`benchmarks.recipe`), whose rate does not fall, so that each validation of a run is the end of a shorter one, on
-embedded studies. L is the bound in bits of a whole X-ray pair, held-out, averaged weights. Of the largest data, of
-which no study is seen twice, all points are fitted by L = E + A / N^a + B / S^b (Hoffmann et al. 2022, arXiv
+Our recipe (`benchmarks.recipe`), whose rate does not fall, so that each validation of a run is the end of a shorter
+one, on embedded studies. L is the bound in bits of a whole X-ray pair, held-out, averaged weights. Of the largest data,
+of which no study is seen twice, all points are fitted by L = E + A / N^a + B / S^b (Hoffmann et al. 2022, arXiv
 2203.15556, section 3.3): N weights without embeddings, S studies seen; intervals by leaving out a network, or the
 points of a step, in turn. The smaller data, seen again and again, say what repeating costs. Writes OUT/scaling.png;
 prints tables, then one JSON object as its last line.

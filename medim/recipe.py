@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import PIL.Image
 from pydantic import Field
@@ -260,7 +260,9 @@ def _adapted_base(init: str) -> str:
     return fingerprint(resolve(init))
 
 
-def _embed(config: TrainConfig, joint: JointTokenizer, folder: Path, count: int, split: str) -> None:
+def _embed(
+    config: TrainConfig, joint: JointTokenizer, folder: Path, count: int, split: Literal["train", "validation"]
+) -> None:
     """Prepare so many embedded studies in `folder`, or check that they are there."""
     choice = demo.DemoOptions(count, split, config.seed, config.data.lungs, pixels=config.data.pixels)
     how = prepare.Encoding(joint.image, joint.text)

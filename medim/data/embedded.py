@@ -9,7 +9,7 @@ from typing import Any
 from medim.data import pathology, phantom
 from medim.data.studies import Study
 
-DOMAINS = {"xray": phantom.study, "pathology": pathology.study}
+DOMAINS: dict[str, Callable[[int, int, str], Study]] = {"xray": phantom.study, "pathology": pathology.study}
 PARSERS = {"xray": phantom.parse, "pathology": pathology.parse}
 XRAYS_IN_TEN = 7  # the X-ray's findings have sides and zones: it needs more of the studies
 

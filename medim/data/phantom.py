@@ -199,9 +199,7 @@ def _collapsed(lung: Plane, box: _Box, sign: int, air: float) -> Plane:
     return ndimage.affine_transform(lung, 1 / scale, fixed - fixed / scale, order=1)
 
 
-def render(
-    anatomy: Anatomy, rng: np.random.Generator, lungs: Outlines = "ellipse", pixels: int = SIZE
-) -> np.ndarray:
+def render(anatomy: Anatomy, rng: np.random.Generator, lungs: Outlines = "ellipse", pixels: int = SIZE) -> np.ndarray:
     """Draw the findings: uint8 [pixels, pixels], bright = dense."""
     y, x = _grid(pixels)
     fine = pixels / SIZE  # a blur is as wide a part of every picture; the grain of the film is that of its pixels
@@ -224,7 +222,11 @@ def render(
         sign = -1 if side == "right" else 1
         shrunk = _collapsed(masks[side], boxes[side], sign, rng.uniform(*PNEUMOTHORAX[size]))
         free = np.clip(masks[side] - shrunk, 0, 1)
-        edge = np.abs(fine * ndimage.gaussian_gradient_magnitude(shrunk, 0.7 * fine)) * masks[side] * _soft(0.95 - shrunk, 0.05)
+        edge = (
+            np.abs(fine * ndimage.gaussian_gradient_magnitude(shrunk, 0.7 * fine))
+            * masks[side]
+            * _soft(0.95 - shrunk, 0.05)
+        )
         image = image * (1 - free) + free * (20 + 5 * _ribs(rng, pixels)) + 110 * edge
 
     image = _mediastinum(image, anatomy, rng, middle, outer, boxes)

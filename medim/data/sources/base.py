@@ -36,7 +36,7 @@ class Source:
 
 
 def provenance(options: Any, reports: Any, limit: int | None = None) -> dict[str, Any]:
-    """What a dataset is made of besides its source, as prepare.json says it: the options of the source and of reports."""
+    """What a dataset is made of, as prepare.json says it: the options of its source and of reports."""
     said = {"source": dataclasses.asdict(options), "reports": dataclasses.asdict(reports), "limit": limit}
     return json.loads(json.dumps(said))
 
