@@ -66,9 +66,9 @@ class DataOptions:
     images: Annotated[int, Field(ge=1)] = 1
     absent: Annotated[float, Field(ge=0, lt=1)] = 0.0
     untold: Annotated[float, Field(ge=0, le=1)] = 0.1
-    studies: int = 0
+    studies: Annotated[int, Field(ge=0)] = 0
     lungs: Outlines = "ellipse"
-    pixels: int = phantom.SIZE
+    pixels: demo.Pixels = phantom.SIZE
     pack: Annotated[int, Field(ge=0)] = 0
     domain: str = ""
 

@@ -14,6 +14,8 @@ from medim.data.phantom import Outlines
 from medim.data.sources.base import Source
 from medim.data.studies import Study
 
+Pixels = Annotated[int, Field(ge=32, le=256, multiple_of=2)]  # of a side; a tile is centred by halves
+
 
 @options
 class DemoOptions:
@@ -33,7 +35,7 @@ class DemoOptions:
     seed: int = 0
     lungs: Outlines = "ellipse"
     xrays_in_ten: Annotated[int, Field(ge=0, le=10)] = embedded.XRAYS_IN_TEN
-    pixels: Annotated[int, Field(ge=32, le=256, multiple_of=2)] = phantom.SIZE
+    pixels: Pixels = phantom.SIZE
 
 
 def read(_root: Path, choice: DemoOptions) -> Iterator[Callable[[], Study]]:
