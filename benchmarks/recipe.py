@@ -384,8 +384,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder of the runs, which are kept")
-    parser.add_argument("--quick", action="store_true", help="what is kept only, one seed")
-    parser.add_argument("--ends", action="store_true", help="the paper's recipe and ours only")
+    part = parser.add_mutually_exclusive_group()
+    part.add_argument("--quick", action="store_true", help="what is kept only, one seed")
+    part.add_argument("--ends", action="store_true", help="the paper's recipe and ours only")
     parser.add_argument("--equal", choices=["flops", "seconds"], default="flops", help="what is equal (flops)")
     parser.add_argument("--steps", type=int, default=600, help="of the paper's recipe (600)")
     parser.add_argument("--seeds", type=int, help="(3)")

@@ -32,6 +32,7 @@ def test_all_recipes_are_configs_of_one_network_but_for_their_rungs() -> None:
     assert len({repr(one) for one in made.values()}) == len(made) - 1  # "ours" is the top of the ladder
     for one in made.values():
         assert one.model.backbone.hidden_size == 96 and one.train.batch_size == 8
+        assert one.train.lr == (2e-3 if one.train.optimizer == "muon" else 1e-3)
     assert made["paper"].objective.tasks == {"pair": 0, "report": 0, "image": 0, "joint": 1}
     cost = {name: recipe.flops(recipe.recipes()[name][0]) for name in recipe.LADDER}
     assert 0 < cost["narrow AdaLN"] < cost["averaged weights"]
