@@ -32,10 +32,10 @@ from medim.data import embedded, phantom
 from medim.likelihood import DIRECTIONS, REPORT_SHARE
 
 
-def contests(domain: str, count: int, split: str, seed: int) -> list[tuple[Study, Study]]:
+def contests(domain: str, count: int, split: str, seed: int, pixels: int) -> list[tuple[Study, Study]]:
     """Study i and the next one with other findings, for the first `count` studies of a split."""
     parse, make = embedded.PARSERS[domain], embedded.DOMAINS[domain]
-    studies = [make(seed, index, split) for index in range(2 * count + 20)]
+    studies = [make(seed, index, split, pixels=pixels) for index in range(2 * count + 20)]
     found = [parse(study.report) for study in studies]
     return [
         (studies[i], next(studies[j] for j in range(i + 1, len(studies)) if found[j] != found[i])) for i in range(count)
@@ -97,7 +97,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     quiet()
     device = pick_device(args.device)
     model = MeDiM.from_pretrained(args.model, device)
-    pairs = contests(args.domain, args.studies, args.split, args.study_seed)
+    side = embedded.side_for(model.joint.image.config.resolution)
+    pairs = contests(args.domain, args.studies, args.split, args.study_seed, side)
     started = time.perf_counter()
     bits = fits(model, pairs, args)
     seconds = time.perf_counter() - started

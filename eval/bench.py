@@ -18,9 +18,9 @@ import torch
 from tqdm import tqdm
 
 from eval.measure import Real, Scoring, score
-from eval.outputs import Ledger, Output, Sampler, key_of, read_predictions
+from eval.outputs import Ledger, Output, Sampler, key_of, predicted_side, read_predictions
 from eval.protocol import Protocol, TaskName
-from eval.studies import clusters_of, patient_of, read_studies
+from eval.studies import clusters_of, drawn, patient_of, read_studies
 from medim.cli.common import quiet
 from medim.data.studies import Study
 from medim.errors import UserError
@@ -112,6 +112,7 @@ def evaluate(
     weights = fingerprint(resolve(args.model)) if args.model else ""
     model = MeDiM.from_pretrained(args.model, _device()) if args.model else None
     _check(protocol, args, model)
+    protocol = _sized(protocol, args, model)
     studies = read_studies(protocol, protocol.split, min(filter(None, (protocol.studies, args.limit)), default=0))
     identity = {
         "protocol": {name: value for name, value in asdict(protocol).items() if name not in SCORING},
@@ -186,6 +187,14 @@ def _check(protocol: Protocol, args: argparse.Namespace, model: MeDiM | None) ->
         raise UserError(f"{args.protocol}: {args.model} was not trained on {unknown[0]}; it knows {known}")
     if "translate" in protocol.tasks and protocol.tasks != ("translate",):
         raise UserError(f"{args.protocol}: tasks: translate stands alone: its studies need no report")
+
+
+def _sized(protocol: Protocol, args: argparse.Namespace, model: MeDiM | None) -> Protocol:
+    """The protocol, in which embedded studies are drawn at the size of what the model, or the predictions, draw."""
+    if protocol.data.source != "demo":
+        return protocol
+    side = model.joint.image.config.resolution if model else predicted_side(args.predictions)
+    return replace(protocol, data=replace(protocol.data, options={"pixels": drawn(protocol, side or SIDE)}))
 
 
 def _domain(

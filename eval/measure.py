@@ -43,9 +43,9 @@ def _measure_pathology(images: Sequence[PIL.Image.Image]) -> Findings:
 
 
 def _measured(image: PIL.Image.Image) -> pathology.Measurement:
-    """Of a tile of any size; the smoothing is in pixels."""
-    tile = (pathology.TILE, pathology.TILE)
-    return pathology.measure(image if image.size == tile else image.resize(tile))
+    """Of a tile as it is drawn for its size, since the smoothing is in pixels."""
+    side = embedded.side_for(min(image.size))
+    return pathology.measure(image if image.size == (side, side) else image.resize((side, side)))
 
 
 READERS: dict[str, Callable[[Sequence[PIL.Image.Image]], Findings]] = {

@@ -242,6 +242,17 @@ def read_predictions(folder: Path, domain: str, task: TaskName, studies: Sequenc
     return outputs
 
 
+def predicted_side(folder: Path) -> int | None:
+    """The shorter side of the first picture in a folder of outputs, or in one of its folders."""
+    for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES):
+        try:
+            with PIL.Image.open(path) as picture:
+                return min(picture.size)
+        except (OSError, ValueError, SyntaxError):
+            continue
+    return None
+
+
 Found = dict[tuple[str, int], tuple[Path | None, str]]  # by study and seed
 
 

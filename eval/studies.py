@@ -12,10 +12,11 @@ from typing import Any
 
 from eval.protocol import Protocol
 from medim.config import load
-from medim.data import embedded
+from medim.data import embedded, phantom
 from medim.data.reports import prepare_report
 from medim.data.sources import SOURCES
 from medim.data.sources.base import read_text
+from medim.data.sources.demo import DemoOptions
 from medim.data.studies import Image, Skipped, Study
 from medim.errors import UserError
 from medim.given import read_name
@@ -47,7 +48,11 @@ def read_studies(protocol: Protocol, split: str, count: int) -> dict[str, list[S
             raise UserError("tasks: translate: the embedded studies have one image each; name another data.source")
         if count < 1:
             raise UserError("studies: 0: the embedded studies are endless; say how many")
-        return {d: [embedded.DOMAINS[d](STUDY_SEED, i, split) for i in range(count)] for d in protocol.domains}
+        pixels = drawn(protocol)
+        return {
+            domain: [embedded.DOMAINS[domain](STUDY_SEED, i, split, pixels=pixels) for i in range(count)]
+            for domain in protocol.domains
+        }
     if protocol.data.source == REFERENCES:
         if len(protocol.domains) != 1:
             raise UserError(f"domains: real outputs in a folder are of one domain; add domains=[{protocol.domains[0]}]")
@@ -67,6 +72,18 @@ def read_studies(protocol: Protocol, split: str, count: int) -> dict[str, list[S
             raise UserError(f"{protocol.data.root}: no {domain} study of the split {split}{lacks}")
         studies.sort(key=lambda study: hashlib.sha256(study.id.encode()).digest())
     return {domain: studies[: count or None] for domain, studies in found.items()}
+
+
+def drawn(protocol: Protocol, side: int = phantom.SIZE) -> int:
+    """Pixels a side of the embedded pictures: what the protocol says, else what suits a system of `side` pixels.
+
+    Raises:
+        UserError: the protocol says something else of them.
+    """
+    said = protocol.data.options or {}
+    if others := said.keys() - {"pixels"}:
+        raise UserError(f"data.options.{min(others)}: of the embedded studies only pixels is chosen here")
+    return load(None, _dotted(said), DemoOptions).pixels or embedded.side_for(side)
 
 
 def _archive(protocol: Protocol) -> Iterator[Study]:

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from tqdm import tqdm, trange
 
 from medim.data import phantom
+from medim.data.embedded import side_for
 from medim.metrics.reader import FindingReader
 from medim.tokenization.image import VQTokenizer
 
@@ -32,7 +33,8 @@ def render(split: str, count: int, reader: FindingReader, tokenizer: VQTokenizer
     """Originals [n, 1, H, W], reconstructions [n, 1, H, W] and findings [n, F]."""
     originals, again, labels = [], [], []
     for first in tqdm(range(0, count, 64), desc=f"{split} images", mininterval=1):
-        studies = [phantom.study(SEED, i, split) for i in range(first, min(first + 64, count))]
+        places = range(first, min(first + 64, count))
+        studies = [phantom.study(SEED, i, split, pixels=side_for(tokenizer.config.resolution)) for i in places]
         pictures = [s.images[0].pixels for s in studies]
         originals.append(reader.pixels(pictures))  # type: ignore[arg-type]
         codes = tokenizer.encode(pictures)  # type: ignore[arg-type]

@@ -27,7 +27,7 @@ from medim.tokenization.joint import SlotOptions
 from medim.tokenization.text import TextTokenizer
 from medim.training.memory import GIB, Bytes, Sharing, gathered, head_bytes, lasting, saved
 from medim.training.optimizer import newton_schulz_flops
-from medim.training.sizes import EstimateOptions, Sizes, slots
+from medim.training.sizes import Sizes, slots
 from medim.training.weights import skeleton
 from medim.vocabulary import Vocabulary
 
@@ -234,8 +234,8 @@ def _shape(config: TrainConfig) -> tuple[MeDiMConfig, SlotOptions, int]:
         inner = Path(config.init) / "model"
         folder = inner if inner.is_dir() else resolve(config.init)
         slot = SlotOptions(**json.loads((folder / "canvas.json").read_text())["slot"])
-        return MeDiMConfig.from_pretrained(folder), slot, _image(folder / "image_tokenizer", config.estimate)[1]
-    size, codes = _image(Path(config.image_tokenizer), config.estimate)
+        return MeDiMConfig.from_pretrained(folder), slot, _image(folder / "image_tokenizer", config)[1]
+    size, codes = _image(Path(config.image_tokenizer), config)
     text = Path(config.text_tokenizer)
     if text.is_dir():
         tokenizer = TextTokenizer.from_pretrained(text)
@@ -247,11 +247,12 @@ def _shape(config: TrainConfig) -> tuple[MeDiMConfig, SlotOptions, int]:
     return config_of(config.model, vocabulary), config.slot, codes
 
 
-def _image(folder: Path, o: EstimateOptions) -> tuple[int, int]:
+def _image(folder: Path, config: TrainConfig) -> tuple[int, int]:
     """Codes of the codebook, and of an image."""
+    o = config.estimate
     if (folder / "config.json").is_file():
         shape = pydantic.TypeAdapter(VQConfig).validate_json((folder / "config.json").read_bytes())
-        return shape.n_embed, (shape.resolution // shape.downsampling) ** 2
+        return shape.n_embed, ((config.resolution or shape.resolution) // shape.downsampling) ** 2
     if not (o.codes and o.image_codes):
         raise UserError(f"image_tokenizer: {folder} is not here; set estimate.codes and estimate.image_codes")
     return o.codes, o.image_codes

@@ -13,7 +13,7 @@ import PIL.Image
 from pydantic import Field
 
 from medim.config import options
-from medim.data import phantom, prepare
+from medim.data import embedded, prepare
 from medim.data.order import Order, shares
 from medim.data.phantom import Outlines
 from medim.data.sources import demo
@@ -56,7 +56,7 @@ class DataOptions:
         studies: when `path` is missing, so many embedded studies are encoded there; 0 says that it must exist.
         pack: positions of a row that several studies share without seeing each other; 0 pads one study a row.
         lungs: outlines of the embedded X-rays; `real` ones come with an installed torchxrayvision.
-        pixels: of a side of the embedded pictures.
+        xrays_in_ten: how many of ten embedded studies are X-rays.
         domain: the image modality of reports without an image (for the lengths of their slots); empty: none.
     """
 
@@ -68,7 +68,7 @@ class DataOptions:
     untold: Annotated[float, Field(ge=0, le=1)] = 0.1
     studies: Annotated[int, Field(ge=0)] = 0
     lungs: Outlines = "ellipse"
-    pixels: demo.Pixels = phantom.SIZE
+    xrays_in_ten: demo.XRaysInTen = embedded.XRAYS_IN_TEN
     pack: Annotated[int, Field(ge=0)] = 0
     domain: str = ""
 
@@ -103,6 +103,8 @@ class TrainConfig:
         init: a model folder (or `demo`) or a checkpoint to go on from, with its tokenizers; empty: a new model from
             `model`.
         seed: of the weights, the data order, the noise levels and the masks.
+        resolution: side in pixels to which images are prepared, as in `medim prepare --resolution`; 0: as the image
+            tokenizer has it. A model that was trained at another one goes on: its places are interpolated.
         lora: adapters over `init` instead of all its weights; the run's models are then folders of adapters.
         stages: in their order; none: all data from the first step on. After the last one all data are shown.
         estimate: sizes for `medim estimate` where tokenizers and data are elsewhere; training does not read it.
@@ -114,6 +116,7 @@ class TrainConfig:
     seed: int = 0
     text_tokenizer: str = "tokenizers/demo-bpe"
     image_tokenizer: str = "tokenizers/demo-vq"
+    resolution: Annotated[int, Field(ge=0)] = 0
     slot: SlotOptions = SlotOptions()
     model: ModelOptions = ModelOptions()
     objective: ObjectiveOptions = ObjectiveOptions()
@@ -145,9 +148,15 @@ def make_task(config: TrainConfig) -> DiffusionTask:
         stored = Averaged(Path(config.init)) if is_checkpoint else Stored(folder)
         joint, sampling = JointTokenizer.from_pretrained(folder), read_sampling(folder)
         shape = MeDiMConfig.from_pretrained(folder)
+        if config.resolution:
+            joint.image.prepare_at(config.resolution)
+            shape.places = joint.codes if shape.places else 0
     else:
         text = TextTokenizer.from_pretrained(config.text_tokenizer)
-        joint = JointTokenizer.build(text, VQTokenizer.from_pretrained(config.image_tokenizer), config.slot)
+        image = VQTokenizer.from_pretrained(config.image_tokenizer)
+        if config.resolution:
+            image.prepare_at(config.resolution)
+        joint = JointTokenizer.build(text, image, config.slot)
         shape, sampling = config_of(config.model, joint.vocabulary), Sampling()
         shape.schedule, shape.schedule_power = config.objective.schedule, config.objective.schedule_power
     shape._attn_implementation = config.model.backbone.attn_implementation
@@ -264,7 +273,8 @@ def _embed(
     config: TrainConfig, joint: JointTokenizer, folder: Path, count: int, split: Literal["train", "validation"]
 ) -> None:
     """Prepare so many embedded studies in `folder`, or check that they are there."""
-    choice = demo.DemoOptions(count, split, config.seed, config.data.lungs, pixels=config.data.pixels)
+    side = embedded.side_for(joint.image.config.resolution)
+    choice = demo.DemoOptions(count, split, config.seed, config.data.lungs, config.data.xrays_in_ten, side)
     how = prepare.Encoding(joint.image, joint.text)
     prepare.prepare(
         lambda: demo.read(Path(), choice),

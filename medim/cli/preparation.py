@@ -52,6 +52,7 @@ def prepare(argv: Sequence[str]) -> int:
     parser.add_argument("--image-tokenizer", default=None, help="folder of a VQ tokenizer (default: the shipped one)")
     parser.add_argument("--text-tokenizer", default=None, help="folder of a text tokenizer (default: the shipped one)")
     parser.add_argument("--fit", choices=("crop", "pad"), default=None, help="to a square (default: the tokenizer's)")
+    parser.add_argument("--resolution", type=int, default=None, help="pixels a side (default: the tokenizer's)")
     parser.add_argument("--shard", default=None, metavar="I/N", help="write only the shards I, I+N, I+2N, ...")
     parser.add_argument("--shard-size", type=int, default=5000, help="studies a shard (5000)")
     parser.add_argument("--batch-size", type=int, default=32, help="studies read, and pictures encoded, at once (32)")
@@ -68,7 +69,7 @@ def prepare(argv: Sequence[str]) -> int:
             action = "append" if many else "store"
             group.add_argument(f"--{prefix}{field}", dest=f"={prefix}{field}", action=action, help=about, metavar="X")
     args = parser.parse_args(rest or ["--help"])
-    for option in ("shard_size", "batch_size", "limit", "augmented"):
+    for option in ("shard_size", "batch_size", "limit", "augmented", "resolution"):
         if getattr(args, option) is not None and getattr(args, option) < 1:
             raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)}: give at least 1")
     root = _root(name, args.root, source.packaged)
@@ -79,11 +80,13 @@ def _run(name: str, root: Path | None, args: argparse.Namespace, chosen: list[st
     import itertools
 
     from medim.config import load
+    from medim.data import embedded
     from medim.data.prepare import Encoding
     from medim.data.prepare import prepare as write
     from medim.data.reports import ReportOptions
     from medim.data.sources import SOURCES
     from medim.data.sources.base import provenance
+    from medim.data.sources.demo import DemoOptions
     from medim.pipeline import ASSETS
     from medim.tokenization.image import VQTokenizer
     from medim.tokenization.text import TextTokenizer
@@ -95,6 +98,10 @@ def _run(name: str, root: Path | None, args: argparse.Namespace, chosen: list[st
     tokenizer = VQTokenizer.from_pretrained(args.image_tokenizer or ASSETS / "demo" / "image_tokenizer").to(device)
     if args.fit:
         tokenizer.config = dataclasses.replace(tokenizer.config, fit=args.fit)
+    if args.resolution is not None:
+        tokenizer.prepare_at(args.resolution)
+    if isinstance(options, DemoOptions) and options.pixels is None:
+        options = dataclasses.replace(options, pixels=embedded.side_for(tokenizer.config.resolution))
     how = Encoding(
         tokenizer,
         TextTokenizer.from_pretrained(args.text_tokenizer or ASSETS / "demo" / "text_tokenizer"),

@@ -141,7 +141,8 @@ def _studies(model: MeDiM, args: argparse.Namespace) -> list[Study]:
     from medim.data.studies import Study
 
     if args.demo is not None:
-        return [make() for make in embedded.studies(args.demo, "validation")]
+        side = embedded.side_for(model.joint.image.config.resolution)
+        return [make() for make in embedded.studies(args.demo, "validation", pixels=side)]
     studies = []
     for name, image, line in _entries(model, args.input):
         if not isinstance(line.get("report"), str) or not line["report"].strip():

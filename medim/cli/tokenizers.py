@@ -104,7 +104,8 @@ def _check(argv: Sequence[str]) -> int:
         pictures[kind] = [model.prepare(file, args.gray) for file in args.image]
     else:
         for name, study in embedded.DOMAINS.items():
-            found = (study(0, index, "test").images[0].pixels for index in range(EMBEDDED))
+            side = embedded.side_for(c.resolution)
+            found = (study(0, index, "test", pixels=side).images[0].pixels for index in range(EMBEDDED))
             pictures[name] = [model.prepare(one, MODALITIES[name].gray) for one in found]
     rows = evaluate(model, pictures)
     names = {name: "images" if args.image else name for name in pictures}

@@ -4,14 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from medim.data import pathology, phantom
 from medim.data.studies import Study
 
-DOMAINS: dict[str, Callable[[int, int, str], Study]] = {"xray": phantom.study, "pathology": pathology.study}
+SIDES = (32, 256)  # pixels a side: the least and the most that can be drawn
+
+
+class Drawn(Protocol):
+    """A domain's `index`-th study."""
+
+    def __call__(self, seed: int, index: int, split: str, *, pixels: int = ...) -> Study: ...
+
+
+DOMAINS: dict[str, Drawn] = {"xray": phantom.study, "pathology": pathology.study}
 PARSERS = {"xray": phantom.parse, "pathology": pathology.parse}
 XRAYS_IN_TEN = 7  # the X-ray's findings have sides and zones: it needs more of the studies
+
+
+def side_for(resolution: int) -> int:
+    """Pixels a side of the pictures that a tokenizer of this resolution is shown: its own, where they can be drawn so.
+
+    Example:
+        >>> side_for(128), side_for(512)
+        (128, 256)
+    """
+    return min(max(resolution, SIDES[0]), SIDES[1]) // 2 * 2
 
 
 def domain_of(index: int, xrays_in_ten: int = XRAYS_IN_TEN) -> str:

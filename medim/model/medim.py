@@ -183,6 +183,14 @@ class Pooled(NamedTuple):
 class PlaceEmbedding(nn.Embedding):
     """Where in its image a code is; index 0 is nowhere. Zero at the start, where a pretrained model is unchanged."""
 
+    @staticmethod
+    def resized(table: Float[Tensor, "P D"], places: int) -> Float[Tensor, "R D"]:
+        """The table for a square grid of so many places, interpolated as a ViT's is (arXiv 2010.11929, section 3.2)."""
+        old, new = math.isqrt(len(table) - 1), math.isqrt(places)
+        grid = table[1:].float().T.unflatten(1, (old, old)).unsqueeze(0)
+        finer = nn.functional.interpolate(grid, (new, new), mode="bilinear", align_corners=False)
+        return torch.cat([table[:1], finer[0].flatten(1).T.to(table)])
+
 
 class Embedder(nn.Module):
     """Pooled states to embeddings: one map a kind for alignment (`info_nce`), one for invariance (`barlow_twins`).
@@ -309,6 +317,12 @@ class MeDiMModel(PreTrainedModel):
                 start, stop = self.vocabulary.image
                 generator = torch.Generator().manual_seed(2 * seed + number)
                 weight[start:stop] = projected_rows(weight[:start], self.codebook, generator).to(weight)
+
+    def fitted(self, name: str, value: Tensor) -> Tensor:
+        """A stored tensor for this model: places of another grid are interpolated."""
+        if name != "place.weight" or len(value) == self.config.places + 1:
+            return value
+        return PlaceEmbedding.resized(value, self.config.places)
 
     @property
     def schedule(self) -> Schedule:

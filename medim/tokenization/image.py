@@ -17,7 +17,7 @@ import json
 import os
 import pickle
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
@@ -264,6 +264,16 @@ class VQTokenizer(nn.Module):
         terms, the third (commitment) times 0.25."""
         quantized, loss, codes = self.quantize_latent(self.pixels_to_latent(pixels))
         return self.latent_to_pixels(quantized), loss, codes
+
+    def prepare_at(self, resolution: int) -> None:
+        """Take pictures of another size from now on; the weights are the same, and so is where attention is.
+
+        Raises:
+            UserError: `resolution` is no multiple of `downsampling`.
+        """
+        before = self.config
+        sides = tuple(side * resolution // before.resolution for side in before.attn_resolutions)
+        self.config = replace(before, resolution=resolution, attn_resolutions=sides)
 
     # Pictures -----------------------------------------------------------------------------------------------
 

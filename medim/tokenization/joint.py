@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,6 +96,11 @@ class JointTokenizer:
             else:
                 report = self.text.decode(values[where].tolist())
         return Study(id=name, patient_id=name, images=tuple(images), report=report)
+
+    @property
+    def codes(self) -> int:
+        """Codes of an image."""
+        return math.prod(self.image.grid(self.image.config.resolution, self.image.config.resolution))
 
     def grid(self, ids: np.ndarray) -> Int[Tensor, "h w"]:
         """Joint ids of a whole image segment as its code grid."""

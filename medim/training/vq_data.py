@@ -6,6 +6,7 @@ import itertools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from medim.config import options
 from medim.data.augment import Augmentation
-from medim.data.embedded import DOMAINS
+from medim.data.embedded import DOMAINS, side_for
 from medim.data.sources import SOURCES
 from medim.data.studies import Image, Study
 from medim.errors import UserError
@@ -127,7 +128,9 @@ def open_pictures(o: PictureOptions, resolution: int, seed: int, fit: Fit = "cro
         UserError: the source is not known, its root or an option is wrong, or it holds no pictures.
     """
     if o.source == "demo":
-        return Pictures(o, resolution, fit, seed, _draw_embedded, lambda count: _held_out_embedded(seed, count))
+        side = side_for(resolution)
+        draw, held_out = partial(_draw_embedded, side), partial(_held_out_embedded, side, seed)
+        return Pictures(o, resolution, fit, seed, draw, held_out)
     if o.source != "images" and o.source not in SOURCES:
         raise UserError(
             f"data.source={o.source}: unknown; one of {', '.join(dict.fromkeys(('demo', 'images', *SOURCES)))}"
@@ -152,13 +155,16 @@ def open_pictures(o: PictureOptions, resolution: int, seed: int, fit: Fit = "cro
     )
 
 
-def _draw_embedded(rng: np.random.Generator) -> Image:
+def _draw_embedded(side: int, rng: np.random.Generator) -> Image:
     domain = "xray" if rng.random() < XRAY_SHARE else "pathology"
-    return DOMAINS[domain](0, int(rng.integers(2**32)), "train").images[0]
+    return DOMAINS[domain](0, int(rng.integers(2**32)), "train", pixels=side).images[0]
 
 
-def _held_out_embedded(seed: int, count: int) -> dict[str, list[Image]]:
-    return {name: [study(seed, index, "test").images[0] for index in range(count)] for name, study in DOMAINS.items()}
+def _held_out_embedded(side: int, seed: int, count: int) -> dict[str, list[Image]]:
+    return {
+        name: [study(seed, index, "test", pixels=side).images[0] for index in range(count)]
+        for name, study in DOMAINS.items()
+    }
 
 
 def _folder(root: Path, modality: str) -> Iterator[tuple[str, Image]]:

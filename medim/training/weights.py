@@ -163,7 +163,8 @@ def _copy(model: nn.Module, stored: Source, names: list[str], seed: int) -> set[
         if plain is None:
             draw_factor(name, parameter, seed)
             continue
-        value = stored.read(plain.name)[plain.start : plain.stop]
+        value = getattr(model, "fitted", lambda _, value: value)(plain.name, stored.read(plain.name))
+        value = value[plain.start : plain.stop]
         if parameter.shape != value.shape:
             raise UserError(
                 f"{stored.folder}: weights do not fit config.json: {plain.name} is {list(value.shape)}, "

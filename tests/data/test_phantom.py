@@ -125,6 +125,11 @@ def test_more_pixels_are_the_same_study_drawn_finer(split: str) -> None:
         assert np.abs(shrunk - np.asarray(a, dtype=float)).mean() < 4  # of 255: mostly the grain
 
 
+@pytest.mark.parametrize("resolution, side", [(96, 96), (128, 128), (7, 32), (55, 54), (512, 256)])
+def test_pictures_are_drawn_for_their_tokenizer(resolution: int, side: int) -> None:
+    assert embedded.side_for(resolution) == side
+
+
 def test_larger_tiles_are_tissue_of_the_same_split() -> None:
     for index in range(8):
         row, column = pathology.position(3, index, "test", 128)

@@ -16,7 +16,7 @@ from medim.diffusion import predict
 from medim.errors import UserError
 from medim.model.adaln import AdaLN
 from medim.model.backbone import BackboneOptions
-from medim.model.medim import MeDiMModel, ModelOptions
+from medim.model.medim import MeDiMModel, ModelOptions, PlaceEmbedding
 from medim.vocabulary import Vocabulary
 
 TEXT = 24  # rows of the plain language models below
@@ -269,6 +269,22 @@ def test_places_are_nothing_at_the_start_and_then_tell_codes_apart(vocabulary: V
         assert model.place is not None
         model.place.weight.normal_()
         assert (model(ids, t, place=place) - model(ids, t)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("new", [3, 4, 8])
+def test_places_of_a_finer_grid_lie_between_the_old_ones(new: int) -> None:
+    """A plane over the grid stays that plane between the outermost old places; 0 is kept."""
+    old = 4
+    y, x = torch.meshgrid(*[(torch.arange(old) + 0.5) / old] * 2, indexing="ij")
+    table = torch.cat([torch.tensor([[7.0, 7.0]]), torch.stack([y, x], -1).flatten(0, 1)])
+    found = PlaceEmbedding.resized(table, new * new)
+    assert found.shape == (new * new + 1, 2) and found[0].tolist() == [7, 7]
+    grid, at = found[1:].unflatten(0, (new, new)), (torch.arange(new) + 0.5) / new
+    inner = (at > 1 / 8) & (at < 7 / 8)
+    assert torch.allclose(grid[..., 0][inner], at[inner, None].expand(-1, new), atol=1e-5)
+    assert torch.allclose(grid[..., 1][:, inner], at[inner].expand(new, -1), atol=1e-5)
+    if new == old:
+        torch.testing.assert_close(found, table)
 
 
 def test_p_rope_leaves_the_slow_dimensions_unrotated(vocabulary: Vocabulary, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from medim.errors import UserError
-from medim.tokenization.image import VQConfig, VQTokenizer, prepare_image
+from medim.tokenization.image import VQConfig, VQTokenizer, image_to_tensor, prepare_image
 
 SMALL = VQConfig(resolution=32, ch_mult=(1, 1), z_channels=8, embed_dim=4, n_embed=64)
 
@@ -145,6 +145,32 @@ def test_damaged_folders(tokenizer: VQTokenizer, tmp_path: Path, damage: object,
     damage(tmp_path)  # type: ignore[operator]
     with pytest.raises(UserError, match=message):
         VQTokenizer.from_pretrained(tmp_path)
+
+
+def test_another_resolution_is_another_grid_of_the_same_weights(tokenizer: VQTokenizer, tmp_path: Path) -> None:
+    tokenizer.save_pretrained(tmp_path / "small")
+    larger = VQTokenizer.from_pretrained(tmp_path / "small")
+    larger.prepare_at(64)
+    larger.save_pretrained(tmp_path / "large")
+    again = VQTokenizer.from_pretrained(tmp_path / "large")
+    one = picture(0, size=(64, 64))
+    assert again.config == replace(SMALL, resolution=64) and again.encode(one).shape == (16, 16)
+    assert again.encode(one).equal(tokenizer.encode(image_to_tensor(one)[None])[0])
+    assert {k: v.tolist() for k, v in again.state_dict().items()} == {
+        k: v.tolist() for k, v in tokenizer.state_dict().items()
+    }
+    with pytest.raises(UserError, match="resolution 66 is not a multiple of the downsampling 4"):
+        larger.prepare_at(66)
+
+
+def test_attention_stays_at_its_level(tmp_path: Path) -> None:
+    """Another resolution is saved so that the folder loads again, with attention after the same blocks."""
+    made = VQTokenizer(replace(SMALL, attn_resolutions=(SMALL.resolution // SMALL.downsampling,)))
+    made.prepare_at(2 * SMALL.resolution)
+    made.save_pretrained(tmp_path)
+    again = VQTokenizer.from_pretrained(tmp_path)
+    assert again.state_dict().keys() == made.state_dict().keys()
+    assert any(".attn.0." in name for name in made.state_dict())
 
 
 def test_how_pictures_are_fitted_travels_with_the_tokenizer(tokenizer: VQTokenizer, tmp_path: Path) -> None:

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 
 from medim.canvas import ROLES
 from medim.cli import main
-from medim.data import prepare
+from medim.data import pathology, prepare
 from medim.data.order import Order
 from medim.data.studies import Image, Study
 from medim.errors import UserError
+from medim.model.backbone import BackboneOptions
+from medim.model.medim import MeDiMModel, ModelOptions
+from medim.pipeline import MeDiM
 from medim.recipe import DataOptions, TrainConfig, make_task
+from medim.sampling import Sampling
 from medim.tokenization.joint import JointTokenizer
 from medim.training.task import Rows, Shown
+from medim.training.weights import materialise
 
+SHAPE = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
 REPORTS = ("Heart size is normal.", "No effusion.", "")
 
 
@@ -97,3 +105,29 @@ def test_embedded_studies_that_the_command_prepared(tiny_model: Path, tmp_path: 
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "data").rglob("*")} == before
     with pytest.raises(UserError, match="give another folder or remove it"):
         make_task(run(9))
+
+
+def test_a_model_goes_on_at_another_resolution(tiny_joint: JointTokenizer, tmp_path: Path) -> None:
+    """Codes of the new grid, from pictures drawn for it; places interpolated, all other weights as they were."""
+    shape = BackboneOptions(**SHAPE, intermediate_size=48)
+    options = ModelOptions(shape, adaln_dim=16, places=36, alibi=(1.0,))
+    model = MeDiMModel.from_options(options, tiny_joint.vocabulary)
+    assert model.place is not None
+    torch.nn.init.normal_(model.place.weight)
+    MeDiM(model, tiny_joint, {"xray": {16: 1}}, Sampling(), "coarse").save_pretrained(tmp_path / "coarse")
+    data = DataOptions(str(tmp_path / "data"), studies=3, xrays_in_ten=0)
+    said = TrainConfig(str(tmp_path / "run"), data, init=str(tmp_path / "coarse"), resolution=128)
+    task = make_task(said)
+    first = pathology.study(0, 0, "train", 128)
+    joint = task.rows.joint
+    assert joint.image.config.resolution == 128 and joint.codes == 64 and task.model.config.places == 64
+    assert task.rows.row(0, 0).ids[2:66].tolist() == joint.code_ids(joint.image_codes(first.images[0]))
+    materialise(task.model, task.stored, 0, "cpu")
+    before, after = model.state_dict(), task.model.state_dict()
+    assert after["place.weight"].shape == (65, 32)
+    assert all(torch.equal(before[name], after[name]) for name in before if name != "place.weight")
+    MeDiM(task.model, joint, {"xray": {16: 1}}, Sampling(), "fine").save_pretrained(tmp_path / "fine")
+    (sample,) = MeDiM.from_pretrained(tmp_path / "fine").sample(task="pair", domain="xray", n=1)
+    assert sample.image.size == (128, 128)
+    with pytest.raises(UserError, match="resolution 100 is not a multiple of the downsampling 16"):
+        make_task(replace(said, resolution=100))

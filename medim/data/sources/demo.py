@@ -14,7 +14,8 @@ from medim.data.phantom import Outlines
 from medim.data.sources.base import Source
 from medim.data.studies import Study
 
-Pixels = Annotated[int, Field(ge=32, le=256, multiple_of=2)]  # of a side; a tile is centred by halves
+Pixels = Annotated[int, Field(ge=embedded.SIDES[0], le=embedded.SIDES[1], multiple_of=2)]  # a tile is centred by halves
+XRaysInTen = Annotated[int, Field(ge=0, le=10)]
 
 
 @options
@@ -27,15 +28,16 @@ class DemoOptions:
         seed: another one gives other studies.
         lungs: outlines of the X-rays; `real` ones come with an installed torchxrayvision.
         xrays_in_ten: how many of ten studies are X-rays; the others are tiles of tissue.
-        pixels: of a side of the pictures: an X-ray is drawn finer, a tile has a wider field.
+        pixels: of a side of the pictures: an X-ray is drawn finer, a tile has a wider field. None: as many as the image
+            tokenizer has.
     """
 
     studies: Annotated[int, Field(ge=1)] = 6000
     split: Literal["train", "validation", "test"] = "train"
     seed: int = 0
     lungs: Outlines = "ellipse"
-    xrays_in_ten: Annotated[int, Field(ge=0, le=10)] = embedded.XRAYS_IN_TEN
-    pixels: Pixels = phantom.SIZE
+    xrays_in_ten: XRaysInTen = embedded.XRAYS_IN_TEN
+    pixels: Pixels | None = None
 
 
 def read(_root: Path, choice: DemoOptions) -> Iterator[Callable[[], Study]]:
@@ -46,7 +48,7 @@ def read(_root: Path, choice: DemoOptions) -> Iterator[Callable[[], Study]]:
         choice.seed,
         lungs=choice.lungs,
         xrays_in_ten=choice.xrays_in_ten,
-        pixels=choice.pixels,
+        pixels=choice.pixels or phantom.SIZE,
     )
 
 
