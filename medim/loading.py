@@ -80,7 +80,9 @@ def load_network(folder: Path, base: str | Path | None = None) -> MeDiMModel:
         )
     config = MeDiMConfig.from_pretrained(folder)
     if adapters.check_base(folder, found, config):
+        own, config.places = config.places, MeDiMConfig.from_pretrained(found).places
         model = _load_weights(found, config)
+        model.set_places(own)  # those of the adapters' resolution, whose table they have
     else:
         model = MeDiMModel.from_backbone(found, Vocabulary.from_dict(config.vocabulary), config=config)
     adapters.apply_adapters(model, folder)

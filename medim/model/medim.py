@@ -244,7 +244,8 @@ class MeDiMModel(PreTrainedModel):
         head.softcap = getattr(inner, "final_logit_softcapping", None)
         self.backbone.set_output_embeddings(head)
         self.window = window_of(inner)
-        self.place = PlaceEmbedding(config.places + 1, inner.hidden_size) if config.places else None
+        self.place: PlaceEmbedding | None = None
+        self.set_places(config.places)
         tags = len(self.vocabulary.tags)
         self.embedder = Embedder(inner.hidden_size, config.embed) if config.embed else None
         self.gates = CrossGates(tags) if config.gates else None
@@ -317,6 +318,12 @@ class MeDiMModel(PreTrainedModel):
                 start, stop = self.vocabulary.image
                 generator = torch.Generator().manual_seed(2 * seed + number)
                 weight[start:stop] = projected_rows(weight[:start], self.codebook, generator).to(weight)
+
+    def set_places(self, places: int) -> None:
+        """A fresh table for images of so many codes, unless it has them already."""
+        self.config.places = places
+        if places and (self.place is None or self.place.num_embeddings != places + 1):
+            self.place = PlaceEmbedding(places + 1, self.backbone.config.hidden_size)
 
     def fitted(self, name: str, value: Tensor) -> Tensor:
         """A stored tensor for this model: places of another grid are interpolated."""

@@ -1,4 +1,7 @@
-"""Real runs of train.py on the shipped demo model, in one process or in several that `accelerate launch` starts."""
+"""Real runs of train.py on the shipped demo model, in one process or in several that `accelerate launch` starts.
+
+At 48 pixels, so that a step is short.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,7 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
 STEPS = 20
+SETTINGS = {"data.studies": 64, "resolution": 48, "train.precision": "fp32"}
 
 
 def free_port() -> str:
@@ -118,7 +122,7 @@ def make_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[...
 
     def make(**settings: Any) -> Runs:
         keys = {key.replace("__", "."): value for key, value in settings.items()}
-        made.append(Runs(tmp_path_factory.mktemp("runs"), {"data.studies": 64, "train.precision": "fp32", **keys}))
+        made.append(Runs(tmp_path_factory.mktemp("runs"), {**SETTINGS, **keys}))
         return made[-1]
 
     yield make

@@ -122,4 +122,4 @@ def test_adapters_train_save_resume_and_load_over_their_base(engine: str, runs: 
     assert sum(held) < 0.7 * sum(path.stat().st_size for path in (runs.folder / "one/checkpoints").glob("*/rank-*"))
     ours, theirs = (MeDiM.from_pretrained(runs.folder / n / "final").model.state_dict() for n in (name, "lora"))
     for key, value in theirs.items():
-        torch.testing.assert_close(ours[key], value, atol=10 * CLOSE, rtol=0)  # the rate is 13 times that of `one`
+        torch.testing.assert_close(ours[key], value, atol=40 * CLOSE, rtol=0)  # the rate is 13 times that of `one`
