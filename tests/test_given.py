@@ -570,7 +570,7 @@ def test_a_model_without_condition_dropout_has_no_guidance(tiny_model: Path, tmp
 
 def test_the_demo_finds_the_length_of_a_gap() -> None:
     """Cases of one answer or two: a clear chest, and words that its reports always have there."""
-    demo, image = MeDiM.from_pretrained("demo"), phantom.study(0, 33, "test").images[0].pixels
+    demo, image = MeDiM.from_pretrained("demo"), phantom.study(0, 33, "test", pixels=128).images[0].pixels
     plan = Plan("confidence", steps=None, temperature=0.0, choice_temperature=0.0)
     for report, answers in (
         ("Heart size is [...1-6]. The lungs are clear. No effusion or pneumothorax.", {"normal"}),

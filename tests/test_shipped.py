@@ -17,6 +17,7 @@ from medim.tokenization.image import VQTokenizer
 from medim.tokenization.text import TextTokenizer
 
 ROOT = Path(__file__).parent.parent
+SIDE = 128  # pixels of the demo model's pictures
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +40,8 @@ def test_manifests_name_the_files_that_are_there(name: str) -> None:
 
 
 def test_the_demo_model_holds_the_shipped_tokenizers(demo: MeDiM) -> None:
+    """At a larger size than they were trained at."""
+    assert demo.joint.image.config.resolution == SIDE and demo.joint.codes == demo.model.config.places == 256
     ours = VQTokenizer.from_pretrained(ROOT / "tokenizers" / "demo-vq").state_dict()
     theirs = demo.joint.image.state_dict()
     assert all((ours[name] == value).all() for name, value in theirs.items()) and ours.keys() == theirs.keys()
@@ -51,12 +54,12 @@ def test_the_demo_model_holds_the_shipped_tokenizers(demo: MeDiM) -> None:
 
 def test_every_embedded_report_fits_its_slot(demo: MeDiM) -> None:
     for index in range(200):
-        report = embedded.study(0, index, "test").report
+        report = embedded.study(0, index, "test", pixels=SIDE).report
         assert demo.joint.text.decode(demo.joint.report_ids(report)) == report
 
 
 def test_the_reader_reads_reconstructions(demo: MeDiM) -> None:
-    studies = [phantom.study(0, i, "test") for i in range(48)]
+    studies = [phantom.study(0, i, "test", pixels=SIDE) for i in range(48)]
     pictures = demo.joint.image.decode(demo.joint.image.encode([s.images[0].pixels for s in studies]), gray=True)
     told = [phantom.parse(s.report) for s in studies]
     seen = FindingReader.from_pretrained(ASSETS / "reader-xray").read(pictures)
@@ -65,7 +68,7 @@ def test_the_reader_reads_reconstructions(demo: MeDiM) -> None:
 
 @pytest.mark.parametrize("task", ["report", "image", "pair"])
 def test_xray_samples_are_coherent_well_above_chance(demo: MeDiM, task: str) -> None:
-    studies = [phantom.study(0, i, "test") for i in range(24)]
+    studies = [phantom.study(0, i, "test", pixels=SIDE) for i in range(24)]
     requests = [
         Request(
             s.id,

@@ -10,9 +10,11 @@ import torch
 
 from medim.cli import main, run
 from medim.errors import UserError
-from medim.pipeline import ASSETS, MeDiM
+from medim.pipeline import MeDiM
 from medim.swap import shared_places, swap_image_tokenizer
 from medim.tokenization.image import VQTokenizer
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -67,14 +69,16 @@ def test_a_larger_codebook_and_codes_that_never_occur(demo: MeDiM, tmp_path: Pat
 
 def test_another_grid_is_refused(demo: MeDiM) -> None:
     other = VQTokenizer(replace(demo.joint.image.config, ch_mult=(1, 1, 1)))
-    with pytest.raises(UserError, match="96 px, f=8, the new one 96 px, f=16"):
+    with pytest.raises(UserError, match="128 px, f=8, the new one 128 px, f=16"):
         shared_places(demo.joint.image, other, [])
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = str(ASSETS / "demo" / "image_tokenizer")
+    """The tokenizer may be one that was trained at another resolution."""
+    folder = str(ROOT / "tokenizers" / "demo-vq")
     assert run(main, ["tokenizer", "swap", "demo", folder, "--out", str(tmp_path / "a"), "--pictures", "20"]) == 0
     assert "train it further: python train.py CONFIG init=" in capsys.readouterr().out
-    assert MeDiM.from_pretrained(tmp_path / "a").sample(task="image", report="Clear.", domain="xray", seed=0)[0].image
+    (sample,) = MeDiM.from_pretrained(tmp_path / "a").sample(task="image", report="Clear.", domain="xray", seed=0)
+    assert sample.image.size == (128, 128)
     assert run(main, ["tokenizer", "swap", "demo", folder, "--out", str(tmp_path / "a")]) == 2
     assert "is not empty" in capsys.readouterr().err

@@ -26,7 +26,7 @@ CHECK = """Load an image tokenizer, say what it is, and send pictures through it
 
 Without --image the pictures are held-out embedded ones. A checkpoint's pickled classes are never run."""
 
-SWAP = """Give a trained model another image tokenizer with the same grid of codes, then train on with `init: DIR`.
+SWAP = """Give a trained model another image tokenizer of the same downsampling, then train on with `init: DIR`.
 
   medim tokenizer swap demo runs/vq_demo/final --out runs/swapped
 
@@ -150,6 +150,7 @@ def _swap(argv: Sequence[str]) -> int:
     if Path(args.out).exists() and any(Path(args.out).iterdir()):
         raise UserError(f"--out {args.out}: is not empty")
     model, image = MeDiM.from_pretrained(args.model), VQTokenizer.from_pretrained(args.tokenizer)
+    image.prepare_at(model.joint.image.config.resolution)
     pictures = open_pictures(PictureOptions(args.source, args.root), image.config.resolution, 0, image.config.fit)
     steps = tqdm(range(-(-args.pictures // 20)), desc="comparing", unit="batch")
     counts = shared_places(model.joint.image, image, (pictures.batch(step, range(20)) for step in steps))
