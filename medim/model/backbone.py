@@ -5,15 +5,18 @@ Shape letters: V rows of a table, N new rows, D hidden width, K codes, E codeboo
 
 from __future__ import annotations
 
+import difflib
 import warnings
 from collections.abc import Sequence
 from dataclasses import field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor, nn
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     ChameleonForConditionalGeneration,
@@ -25,6 +28,7 @@ from medim.config import options
 from medim.errors import UserError
 
 NewRows = Literal["moments", "codebook"]
+Size = Annotated[int, Field(ge=1)]
 
 
 @options
@@ -38,11 +42,11 @@ class BackboneOptions:
     """
 
     model_type: str = "llama"
-    hidden_size: int = 256
-    num_hidden_layers: int = 4
-    num_attention_heads: int = 4
-    num_key_value_heads: int = 4
-    intermediate_size: int = 704
+    hidden_size: Size = 256
+    num_hidden_layers: Size = 4
+    num_attention_heads: Size = 4
+    num_key_value_heads: Size = 4
+    intermediate_size: Size = 704
     rope_theta: float = 1000.0
     rotary_fraction: float = 1.0
     attn_implementation: str = "sdpa"
@@ -50,7 +54,18 @@ class BackboneOptions:
 
 
 def config_from_options(o: BackboneOptions, vocabulary_size: int) -> PreTrainedConfig:
-    """The `transformers` config of a new bidirectional backbone with V = `vocabulary_size` rows."""
+    """The `transformers` config of a new bidirectional backbone with V = `vocabulary_size` rows.
+
+    Raises:
+        UserError: numbers of heads that do not fit, or a model type that transformers does not know.
+    """
+    heads = o.num_attention_heads
+    if heads % o.num_key_value_heads:
+        raise UserError(
+            f"model.backbone.num_key_value_heads={o.num_key_value_heads}: does not divide the {heads} heads"
+        )
+    if o.hidden_size % (2 * heads) and "head_dim" not in o.extra:
+        raise UserError(f"model.backbone.hidden_size={o.hidden_size}: {heads} heads have no even width of it each")
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": o.rope_theta}
     if o.rotary_fraction < 1:
         rope |= {"rope_type": "proportional", "partial_rotary_factor": o.rotary_fraction}
@@ -68,6 +83,10 @@ def config_from_options(o: BackboneOptions, vocabulary_size: int) -> PreTrainedC
         "eos_token_id": None,
         "pad_token_id": None,
     }
+    if o.model_type not in CONFIG_MAPPING:
+        near = difflib.get_close_matches(o.model_type, CONFIG_MAPPING.keys(), 1)
+        hint = f'did you mean "{near[0]}"?' if near else "such as llama, qwen3, gemma2"
+        raise UserError(f"model.backbone.model_type={o.model_type}: unknown to transformers; {hint}")
     config = AutoConfig.for_model(o.model_type, **(shape | o.extra))
     config._attn_implementation = o.attn_implementation
     return config

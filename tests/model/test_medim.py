@@ -271,6 +271,20 @@ def test_places_are_nothing_at_the_start_and_then_tell_codes_apart(vocabulary: V
         assert (model(ids, t, place=place) - model(ids, t)).abs().max() > 0.1
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_attention_heads": 2}, "num_key_value_heads=4: does not divide 2 heads"),
+        ({"hidden_size": 100}, "hidden_size=100: 4 heads have no even width of it each"),
+        ({"model_type": "lama"}, 'model_type=lama: unknown to transformers; did you mean "llama"'),
+        ({"model_type": "vit5000"}, "model_type=vit5000: unknown to transformers"),
+    ],
+)
+def test_a_backbone_that_cannot_be_is_refused(settings: dict[str, Any], message: str, vocabulary: Vocabulary) -> None:
+    with pytest.raises(UserError, match=message):
+        MeDiMModel.from_options(ModelOptions(backbone=BackboneOptions(**settings)), vocabulary)
+
+
 @pytest.mark.parametrize("new", [3, 4, 8])
 def test_places_of_a_finer_grid_lie_between_the_old_ones(new: int) -> None:
     """A plane over the grid stays that plane between the outermost old places; 0 is kept."""
