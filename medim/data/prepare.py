@@ -547,6 +547,12 @@ def load(folder: str | Path, tokenizer: VQTokenizer | None = None, split: str | 
     """
     index = read_index(folder)
     if tokenizer is not None:
+        side, own = index.get("resolution"), tokenizer.config.resolution
+        if side not in (None, own):
+            raise UserError(
+                f"{folder}: was prepared at {side} pixels, here images have {own}: prepare it again with --resolution "
+                f"{own}, or train with resolution={side}"
+            )
         _check_card(index, {"image_tokenizer": codebook_hash(tokenizer)}, Path(folder))
     data = _open(Path(folder), index["shards"])
     if len(data) != index["studies"]:

@@ -129,5 +129,7 @@ def test_a_model_goes_on_at_another_resolution(tiny_joint: JointTokenizer, tmp_p
     MeDiM(task.model, joint, {"xray": {16: 1}}, Sampling(), "fine").save_pretrained(tmp_path / "fine")
     (sample,) = MeDiM.from_pretrained(tmp_path / "fine").sample(task="pair", domain="xray", n=1)
     assert sample.image.size == (128, 128)
+    with pytest.raises(UserError, match="was prepared at 128 pixels, here images have 96: prepare it"):
+        make_task(replace(said, resolution=0, data=replace(data, studies=0)))
     with pytest.raises(UserError, match="resolution 100 is not a multiple of the downsampling 16"):
         make_task(replace(said, resolution=100))
