@@ -73,7 +73,7 @@ def test_prepared_and_inspected(source: str, trees: Path, tmp_path: Path, capsys
     assert not [(id, skipped[id]) for id, begin in reasons.items() if not skipped[id].startswith(begin)]
     rows = load(out, VQTokenizer.from_pretrained(TOKENIZER))
     assert sum(len(row["images"]) for row in rows) == images
-    assert all(len(image["codes"]) == 144 for row in rows for image in row["images"])
+    assert all(len(image["codes"]) == 256 for row in rows for image in row["images"])
     said = json.dumps(index) + json.dumps([row["report"] for row in rows])
     for private in ("Doe", "MRN", "20200102", "XXXX", "___", str(trees)):
         assert private not in said, private

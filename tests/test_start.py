@@ -206,7 +206,7 @@ def test_reports_from_adapters_and_merged(
     """From a backbone by adapters to a report for a picture, as users do it; adapters and merged say the same."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run.yaml").write_text(
-        "run_dir: runs/lora\ninit: start\ndata: {path: runs/data, studies: 8}\n"
+        "run_dir: runs/lora\ninit: start\nresolution: 96\ndata: {path: runs/data, studies: 8}\n"
         "lora: {rank: 2}\ntrain: {steps: 2, batch_size: 4, lr: 1.0e-3, checkpoint_every: 2}\n"
     )
     PIL.Image.new("L", (96, 96), 90).save("a.png")

@@ -61,9 +61,7 @@ def config_from_options(o: BackboneOptions, vocabulary_size: int) -> PreTrainedC
     """
     heads = o.num_attention_heads
     if heads % o.num_key_value_heads:
-        raise UserError(
-            f"model.backbone.num_key_value_heads={o.num_key_value_heads}: does not divide the {heads} heads"
-        )
+        raise UserError(f"model.backbone.num_key_value_heads={o.num_key_value_heads}: does not divide {heads} heads")
     if o.hidden_size % (2 * heads) and "head_dim" not in o.extra:
         raise UserError(f"model.backbone.hidden_size={o.hidden_size}: {heads} heads have no even width of it each")
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": o.rope_theta}

@@ -93,8 +93,8 @@ def test_in_bf16_it_is_near_and_goes_on_bit_for_bit(engine: str, runs: Any) -> N
     """Weights are bf16 in the network and float32 in the checkpoint."""
     name = f"{engine}-bf16"
     runs.run(name, engine, 2, train__precision="bf16")
-    far = max(abs(a - b) for a, b in zip(runs.losses(name), runs.losses("one"), strict=True))
-    assert 1e-5 < far < 2e-2
+    far = max(abs(a - b) / b for a, b in zip(runs.losses(name), runs.losses("one"), strict=True))
+    assert 1e-5 < far < 8e-2  # of batches of four; the worst of 20 steps
     runs.fork(name, f"{name}-again", 10)
     runs.run(f"{name}-again", engine, 2, train__precision="bf16")
     runs.compare(f"{name}-again", name, 0.0)

@@ -120,7 +120,7 @@ def test_ranking_and_training_neighbours(tmp_path: Path, tiny_model: Path, capsy
     found = json.loads((out / "results.json").read_text())["domains"]["pathology"]
     assert found["rank"]["n"] == 2 and found["rank"]["chance"] == pytest.approx(1 / 3)
     copies = found["memorisation"]
-    assert 0 <= copies["copy_rate/vq@96"]["value"] <= 1 and len(copies["closest"]) == 4
+    assert 0 <= copies["copy_rate/vq@128"]["value"] <= 1 and len(copies["closest"]) == 4
     for one in copies["closest"]:
         assert (out / one["generated"]).is_file() and (out / one["training"]).is_file()
     distances = [one["distance"] for one in copies["closest"]]

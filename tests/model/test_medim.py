@@ -302,7 +302,8 @@ def test_places_of_a_finer_grid_lie_between_the_old_ones(new: int) -> None:
 
 
 def test_p_rope_leaves_the_slow_dimensions_unrotated(vocabulary: Vocabulary, tmp_path: Path) -> None:
-    shape = BackboneOptions(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, rotary_fraction=0.5)
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    shape = BackboneOptions(hidden_size=32, num_hidden_layers=1, **heads, rotary_fraction=0.5)
     model = MeDiMModel.from_options(ModelOptions(backbone=shape, adaln_dim=16), vocabulary)
     model.save_pretrained(tmp_path)
     for network in (model, MeDiMModel.from_pretrained(tmp_path)):
