@@ -326,8 +326,9 @@ class MeDiMModel(PreTrainedModel):
             self.place = PlaceEmbedding(places + 1, self.backbone.config.hidden_size)
 
     def fitted(self, name: str, value: Tensor) -> Tensor:
-        """A stored tensor for this model: places of another grid are interpolated."""
-        if name != "place.weight" or len(value) == self.config.places + 1:
+        """A stored tensor for this model: places of another square grid are interpolated."""
+        places = len(value) - 1
+        if name != "place.weight" or places == self.config.places or math.isqrt(places) ** 2 != places:
             return value
         return PlaceEmbedding.resized(value, self.config.places)
 

@@ -301,6 +301,14 @@ def test_places_of_a_finer_grid_lie_between_the_old_ones(new: int) -> None:
         torch.testing.assert_close(found, table)
 
 
+def test_only_places_of_a_square_are_interpolated(vocabulary: Vocabulary) -> None:
+    shape = BackboneOptions(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2)
+    model = MeDiMModel.from_options(ModelOptions(backbone=shape, adaln_dim=4, places=9), vocabulary)
+    for rows, found in ((10, 10), (5, 10), (8, 8)):
+        assert len(model.fitted("place.weight", torch.zeros(rows, 8))) == found
+    assert len(model.fitted("other.weight", torch.zeros(5, 8))) == 5
+
+
 def test_p_rope_leaves_the_slow_dimensions_unrotated(vocabulary: Vocabulary, tmp_path: Path) -> None:
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
     shape = BackboneOptions(hidden_size=32, num_hidden_layers=1, **heads, rotary_fraction=0.5)
