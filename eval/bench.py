@@ -106,9 +106,7 @@ def evaluate(
     from eval.run import fingerprint
 
     quiet()
-    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
-    if world > 1 and not torch.cuda.is_available():
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))  # else they stall each other
+    rank, world = _place()
     weights = fingerprint(resolve(args.model)) if args.model else ""
     model = MeDiM.from_pretrained(args.model, _device()) if args.model else None
     _check(protocol, args, model)
@@ -162,6 +160,14 @@ def evaluate(
         "domains": domains,
     }
     return results, sums
+
+
+def _place() -> tuple[int, int]:
+    """This process among all that sample, and how many they are; on a CPU they share its cores."""
+    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    if world > 1 and not torch.cuda.is_available():
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))  # else they stall each other
+    return rank, world
 
 
 def _drawn(studies: Sequence[Study]) -> str:

@@ -136,29 +136,7 @@ def make_task(config: TrainConfig) -> DiffusionTask:
     """
     if config.lora.rank and config.lora.bits:
         import_bitsandbytes(config.lora.bits)  # before any work; an estimate needs none
-    stored: Source | None = None
-    if config.init:
-        is_checkpoint = (Path(config.init) / STATE_NAME).is_file()  # a model folder whose weights are in pieces
-        folder = Path(config.init) / "model" if is_checkpoint else resolve(config.init)
-        if is_adapters(folder):
-            raise UserError(
-                f"init={config.init}: adapters over {read_settings(folder).base}; merge them: medim merge "
-                f"{config.init} --out DIR"
-            )
-        stored = Averaged(Path(config.init)) if is_checkpoint else Stored(folder)
-        joint, sampling = JointTokenizer.from_pretrained(folder), read_sampling(folder)
-        shape = MeDiMConfig.from_pretrained(folder)
-        if config.resolution:
-            joint.image.prepare_at(config.resolution)
-            shape.places = joint.codes if shape.places else 0
-    else:
-        text = TextTokenizer.from_pretrained(config.text_tokenizer)
-        image = VQTokenizer.from_pretrained(config.image_tokenizer)
-        if config.resolution:
-            image.prepare_at(config.resolution)
-        joint = JointTokenizer.build(text, image, config.slot)
-        shape, sampling = config_of(config.model, joint.vocabulary), Sampling()
-        shape.schedule, shape.schedule_power = config.objective.schedule, config.objective.schedule_power
+    stored, joint, sampling, shape = _start(config)
     shape._attn_implementation = config.model.backbone.attn_implementation
     with skeleton():
         model = MeDiMModel(shape)
@@ -208,6 +186,35 @@ def make_task(config: TrainConfig) -> DiffusionTask:
         partial(_draw, joint=joint, sampling=sampling) if config.log.pictures else None,
         _stages(config, sizes, order),
     )
+
+
+def _start(config: TrainConfig) -> tuple[Source | None, JointTokenizer, Sampling, MeDiMConfig]:
+    """What a run begins with: stored weights if it goes on from a model, the tokenizers, the plans, the shape.
+
+    Raises:
+        UserError: a model or a tokenizer is missing, or is adapters, or takes no images of `config.resolution`.
+    """
+    stored: Source | None = None
+    if config.init:
+        is_checkpoint = (Path(config.init) / STATE_NAME).is_file()  # a model folder whose weights are in pieces
+        folder = Path(config.init) / "model" if is_checkpoint else resolve(config.init)
+        if is_adapters(folder):
+            raise UserError(
+                f"init={config.init}: adapters over {read_settings(folder).base}; merge them: medim merge "
+                f"{config.init} --out DIR"
+            )
+        stored = Averaged(Path(config.init)) if is_checkpoint else Stored(folder)
+        joint, sampling = JointTokenizer.from_pretrained(folder), read_sampling(folder)
+        shape = MeDiMConfig.from_pretrained(folder)
+    else:
+        text = TextTokenizer.from_pretrained(config.text_tokenizer)
+        joint = JointTokenizer.build(text, VQTokenizer.from_pretrained(config.image_tokenizer), config.slot)
+        shape, sampling = config_of(config.model, joint.vocabulary), Sampling()
+        shape.schedule, shape.schedule_power = config.objective.schedule, config.objective.schedule_power
+    if config.resolution:
+        joint.image.prepare_at(config.resolution)
+        shape.places = joint.codes if stored is not None and shape.places else shape.places
+    return stored, joint, sampling, shape
 
 
 def _stages(config: TrainConfig, sizes: Sequence[int], order: Order) -> tuple[Stage, ...]:
