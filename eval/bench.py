@@ -28,6 +28,7 @@ from medim.given import name_of
 from medim.metrics import image
 from medim.metrics.statistics import Sums
 from medim.pipeline import MeDiM, resolve
+from medim.sampling import Sampling
 from medim.tokenization.image import prepare_image
 from medim.vocabulary import KINDS, MODALITIES
 
@@ -193,6 +194,8 @@ def _check(protocol: Protocol, args: argparse.Namespace, model: MeDiM | None) ->
         raise UserError(f"{args.protocol}: {args.model} was not trained on {unknown[0]}; it knows {known}")
     if "translate" in protocol.tasks and protocol.tasks != ("translate",):
         raise UserError(f"{args.protocol}: tasks: translate stands alone: its studies need no report")
+    if protocol.sampling:
+        Sampling.read(protocol.sampling)  # a mistake in it is told before a folder is claimed
 
 
 def _sized(protocol: Protocol, args: argparse.Namespace, model: MeDiM | None) -> Protocol:

@@ -70,6 +70,7 @@ def test_a_wrong_value_in_a_protocol(capsys, tmp_path, protocol):
         ("seeds: []", "give one at least"),
         ("data: {source: pathgen}", "add data.root=DIR to the command"),
         ("data: {source: pathgn, root: .}", "one of demo"),
+        ("sampling: no.yaml", "no such file of sampling plans"),
     ):
         protocol.write_text(line + "\n")
         assert words in said(capsys, protocol, "--model", "demo", "--out", tmp_path / "out")
