@@ -105,9 +105,8 @@ def test_merged_it_is_the_same_and_needs_no_base(over_demo: Path, tmp_path: Path
     whole = load_file(tmp_path / "merged" / "model.safetensors")
     assert stored.keys() == whole.keys()
     assert all(torch.equal(value, whole[name].to(torch.bfloat16)) for name, value in stored.items())
-    torch.testing.assert_close(
-        logits(MeDiM.from_pretrained(tmp_path / "half").model), logits(one.model), atol=0.3, rtol=0.05
-    )
+    full, half = logits(one.model), logits(MeDiM.from_pretrained(tmp_path / "half").model)
+    assert float((half - full).norm() / full.norm()) < 0.05  # as much as rounding every weight to 8 bits moves them
 
 
 @pytest.fixture
