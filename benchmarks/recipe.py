@@ -112,7 +112,7 @@ LADDER = {
     "text weighs 3": Rung({"objective.modality_weights": "{text: 3, image: 1}"}),
     "averaged weights": Rung({"train.ema": "0.98"}),
     "narrow AdaLN": Rung({"model.adaln_dim": "32"}),
-    "rows of the codebook": Rung({"model.rows": "codebook"}),
+    "rows of the codebook": Rung({"model.rows": "codebook"}, kept=False),
     "stratified noise": Rung({"objective.stratified": "true"}, kept=False),
     "no clean first sentence": Rung({"objective.first_sentence": "0"}, kept=False),
     "flat weights": Rung({"objective.weighting": "flat"}, kept=False),
