@@ -48,7 +48,8 @@ def settings(name: str) -> dict[str, str]:
     width, layers, inner = NETWORKS[name]
     shape = {"hidden_size": width, "num_hidden_layers": layers, "intermediate_size": inner}
     known, _ = recipes()["ours"]
-    return known | {f"model.backbone.{key}": str(value) for key, value in shape.items()}
+    shaped = {f"model.backbone.{key}": str(value) for key, value in shape.items()}
+    return known | shaped | {"model.rows": "codebook"}  # the recipe had it when docs/scaling.md was measured
 
 
 def sizes(name: str) -> tuple[int, float]:
