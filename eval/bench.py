@@ -111,6 +111,9 @@ def evaluate(
     weights = fingerprint(resolve(args.model)) if args.model else ""
     model = MeDiM.from_pretrained(args.model, _device()) if args.model else None
     _check(protocol, args, model)
+    if model and protocol.sampling:
+        model.sampling = Sampling.read(protocol.sampling)
+        model.check_sampling(model.sampling)
     protocol = _sized(protocol, args, model)
     studies = read_studies(protocol, protocol.split, min(filter(None, (protocol.studies, args.limit)), default=0))
     identity = {
@@ -194,8 +197,6 @@ def _check(protocol: Protocol, args: argparse.Namespace, model: MeDiM | None) ->
         raise UserError(f"{args.protocol}: {args.model} was not trained on {unknown[0]}; it knows {known}")
     if "translate" in protocol.tasks and protocol.tasks != ("translate",):
         raise UserError(f"{args.protocol}: tasks: translate stands alone: its studies need no report")
-    if protocol.sampling:
-        Sampling.read(protocol.sampling)  # a mistake in it is told before a folder is claimed
 
 
 def _sized(protocol: Protocol, args: argparse.Namespace, model: MeDiM | None) -> Protocol:

@@ -20,7 +20,6 @@ from medim.data.studies import Study
 from medim.errors import UserError
 from medim.gallery import save_png
 from medim.pipeline import MeDiM, Request
-from medim.sampling import Sampling
 from medim.vocabulary import MODALITIES
 
 GENERATED = ("generated", "predictions", "responses", "response", "pred")  # names of a subfolder
@@ -86,11 +85,6 @@ class Sampler:
     progress: Callable[[int], object] = lambda done: None
     check: Callable[[], None] = lambda: None
 
-    @property
-    def sampling(self) -> Sampling:
-        """The plans."""
-        return Sampling.read(self.protocol.sampling) if self.protocol.sampling else self.model.sampling
-
     def ledger(self, domain: str, task: TaskName) -> Ledger:
         """What was sampled."""
         return Ledger(self.out / "samples" / f"{domain}-{task}", self.rank)
@@ -103,7 +97,7 @@ class Sampler:
         missing = {key: one for key, one in mine if key not in done}
         self.progress(len(mine) - len(missing))
         requests = [self._request(name, domain, task, study, *stream) for name, study, stream in missing.values()]
-        made = self.model.generate(task, requests, batch_size=self.batch_size, sampling=self.sampling)
+        made = self.model.generate(task, requests, batch_size=self.batch_size)
         for (key, (name, study, stream)), sample in zip(missing.items(), made, strict=True):
             picture = f"{name}.png" if makes(task)[0] else None
             if picture:
@@ -143,7 +137,7 @@ class Sampler:
     ) -> dict[str, tuple[str, Study, tuple[int, int]]]:
         """Name, study and random stream of each sample, by what decides its content."""
         first, found = self.protocol.seeds[0], {}
-        same = {"model": self.weights, "task": task, "sampling": asdict(self.sampling)}
+        same = {"model": self.weights, "task": task, "sampling": asdict(self.model.sampling)}
         same["data"] = asdict(self.protocol.data)
         if task == "translate":
             same["translate"] = self.protocol.translate

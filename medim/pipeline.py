@@ -247,13 +247,21 @@ class MeDiM:
             if progress is not None:
                 progress(len(some))
 
-    def _check(self, task: Task, requests: Sequence[Request], sampling: Sampling) -> None:
-        limit = self.model.config.backbone.get("max_position_embeddings") or math.inf
+    def check_sampling(self, sampling: Sampling) -> None:
+        """Refuse plans that the model cannot follow.
+
+        Raises:
+            UserError: guidance asked of a model that was trained without.
+        """
         if (sampling.report.guidance or sampling.image.guidance) and not self.model.config.condition_dropout:
             raise UserError(
                 f"guidance: {self.name} was trained without condition dropout, so it knows no image without its report "
                 "and no report without its image; use guidance 0"
             )
+
+    def _check(self, task: Task, requests: Sequence[Request], sampling: Sampling) -> None:
+        self.check_sampling(sampling)
+        limit = self.model.config.backbone.get("max_position_embeddings") or math.inf
         for request in requests:
             if request.domain not in self.domains:
                 raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import PIL.Image
@@ -74,6 +75,16 @@ def test_a_wrong_value_in_a_protocol(capsys, tmp_path, protocol):
     ):
         protocol.write_text(line + "\n")
         assert words in said(capsys, protocol, "--model", "demo", "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_guidance_of_a_model_that_has_none_claims_no_folder(capsys, tmp_path, protocol, tiny_model):
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"condition_dropout": 0.0}))
+    (tmp_path / "plan.yaml").write_text("image: {guidance: 2.0}\n")
+    plan = f"sampling={tmp_path / 'plan.yaml'}"
+    assert "use guidance 0" in said(capsys, protocol, plan, "--model", model, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
