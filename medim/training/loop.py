@@ -26,7 +26,7 @@ from medim.training.checkpoint import Checkpoint, export, save
 from medim.training.engine import EMA, make_engine
 from medim.training.folders import latest_checkpoint, prune, same_config
 from medim.training.optimizer import WHOLE, OptimizerOptions, make_optimizer
-from medim.training.processes import Agreement, Roll, multiplies_bf16, stop_requests
+from medim.training.processes import Agreement, Roll, stop_requests
 from medim.training.report import Log, LogOptions, Meter, Throughput, append, drop_after, read_rows
 from medim.training.validation import Validation
 from medim.training.weights import Source
@@ -188,8 +188,6 @@ class _Run:
             (run_dir / "config.yaml").write_text(resolved)
             share = o.batch_size // (self.world * o.accumulate)
             print(f"{self.engine}: {o.batch_size} rows a step, {share} at a time each", file=sys.stderr)
-            if o.optimizer == "muon" and not multiplies_bf16():
-                print("note: train.optimizer=muon multiplies in bf16, which is emulated here: slow", file=sys.stderr)
             if found is not None:
                 print(f"resuming after step {self.first} from {found.folder}", file=sys.stderr)
 

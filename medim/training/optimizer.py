@@ -8,12 +8,14 @@ from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
+from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
 from medim.config import options
 from medim.errors import UserError
 from medim.model.backbone import decoder_layers
+from medim.training.processes import multiplies_bf16
 
 WHOLE = ("adamw_8bit", "muon")  # want whole matrices: one GPU or DDP
 
@@ -27,7 +29,7 @@ class OptimizerOptions:
         muon_lr: of Muon's matrices, at its highest; an update has the root mean square of 0.2 times it, about that of
             AdamW's (Liu et al. 2025, arXiv 2502.16982, section 2.2).
         optimizer: `adamw` is torch's fused one; `muon` steps the matrices of the decoder's layers by their
-            orthogonalised momentum, all else by AdamW (not with ZeRO or FSDP; slow where bf16 is emulated);
+            orthogonalised momentum, all else by AdamW (not with ZeRO or FSDP);
             `adamw_8bit` keeps its moments in 8 bits (bitsandbytes; not with ZeRO or FSDP); `adamw_deepspeed` is
             DeepSpeed's fused one, for GPUs or for an optimizer that is offloaded.
     """
@@ -71,7 +73,37 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             raise ValueError("Muon takes no closure")
         for part in self.parts:
-            part.step()
+            if isinstance(part, torch.optim.Muon) and not multiplies_bf16():
+                _muon_step_in_float32(part)
+            else:
+                part.step()
+
+
+@torch.no_grad()
+def _muon_step_in_float32(muon: torch.optim.Muon) -> None:
+    """What `torch.optim.Muon.step` does always in bf16: emulated, that takes most of the time of a step."""
+    for group in muon.param_groups:
+        for weight in (weight for weight in group["params"] if weight.grad is not None):
+            momentum = muon.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
+            momentum.lerp_(weight.grad, 1 - group["momentum"])
+            update = weight.grad.lerp(momentum, group["momentum"])  # Nesterov's
+            update = orthogonalised(update, group["ns_coefficients"], group["ns_steps"], group["eps"])
+            weight.mul_(1 - group["lr"] * group["weight_decay"])
+            weight.add_(update, alpha=-group["lr"] * 0.2 * max(weight.shape) ** 0.5)  # Liu et al. 2025, eq. 4
+
+
+def orthogonalised(
+    x: Float[Tensor, "M N"], coefficients: tuple[float, float, float], steps: int, eps: float
+) -> Float[Tensor, "M N"]:
+    """U f(S) V^T of U S V^T, with f(S) about 1: Newton-Schulz iterations of S / |S|, each a S + b S^3 + c S^5 (Jordan
+    2024)."""
+    a, b, c = coefficients
+    wide = x.T if x.shape[0] > x.shape[1] else x
+    wide = wide / wide.norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = wide @ wide.T
+        wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
+    return wide.T if x.shape[0] > x.shape[1] else wide
 
 
 def make_optimizer(model: nn.Module, o: OptimizerOptions) -> torch.optim.Optimizer:

@@ -10,7 +10,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from medim.errors import UserError
 from medim.model.backbone import BackboneOptions
 from medim.model.medim import MeDiMModel, ModelOptions
-from medim.training.optimizer import OptimizerOptions, make_optimizer, muon_matrices, newton_schulz_flops
+from medim.training.optimizer import (
+    OptimizerOptions,
+    make_optimizer,
+    muon_matrices,
+    newton_schulz_flops,
+    orthogonalised,
+)
 from medim.vocabulary import Vocabulary
 
 SMALL = BackboneOptions(
@@ -67,6 +73,36 @@ def test_muon_adds_semi_orthogonal_matrices_of_the_size_of_adamws(model: MeDiMMo
         singular = torch.linalg.svdvals(along)
         assert singular.min() > 0.5 and singular.max() < 1.3, name  # five iterations come so near to 1
         assert torch.sum(along * bases[name]) / (along.norm() * bases[name].norm()) > 0.97, name
+
+
+def test_where_bf16_is_emulated_muon_multiplies_in_float32(model: MeDiMModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three steps as torch's Muon takes them in bf16, with momentum and decay; and to float32's precision, the update
+    has the singular vectors of the momentum and the values that five iterations of the polynomial make of its own."""
+    o = OptimizerOptions(optimizer="muon", lr=1e-3, muon_lr=4e-3, weight_decay=0.1)
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    taken = {id(p) for p in muon_matrices(model)}
+    found: dict[bool, dict[str, Tensor]] = {}
+    for bf16 in (True, False):
+        monkeypatch.setattr("medim.training.optimizer.multiplies_bf16", lambda bf16=bf16: bf16)
+        model.load_state_dict(start)
+        torch.manual_seed(1)
+        optimizer = make_optimizer(model, o)
+        for _ in range(3):
+            for p in model.parameters():
+                p.grad = torch.randn_like(p)
+            optimizer.step()
+        found[bf16] = {n: p.detach() - start[n] for n, p in model.named_parameters() if id(p) in taken}
+    for name, change in found[False].items():
+        torch_s = found[True][name]
+        assert 0 < (change - torch_s).norm() < 0.02 * torch_s.norm(), name
+
+    matrix = torch.randn(7, 4, dtype=torch.float64)
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    values = values / values.norm()
+    for _ in range(5):
+        values = 3.4445 * values - 4.775 * values**3 + 2.0315 * values**5
+    for x, truth in ((matrix, left @ torch.diag(values) @ right), (matrix.T, (left @ torch.diag(values) @ right).T)):
+        torch.testing.assert_close(orthogonalised(x, (3.4445, -4.775, 2.0315), 5, 1e-7), truth)
 
 
 def test_what_muon_does_not_take_is_stepped_by_adamw(model: MeDiMModel) -> None:
