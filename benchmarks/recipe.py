@@ -48,6 +48,7 @@ DOMAINS = ("xray", "pathology")
 CELLS = [f"{task}/{domain}/{kind}" for domain in DOMAINS for task, kind in
          (("report", "text"), ("image", "image"), ("joint", "text"), ("joint", "image"))]  # fmt: skip
 TASKS = ("pair", "report", "image")
+CODES = 144  # of an image of the demo's tokenizer
 # The network and the run that all recipes share; 8 is the authors' global batch. One thing is not theirs: their
 # learning rate, 1e-5, is of a pretrained network of billions; here it is what suits their recipe best (docs/LOG.md).
 SHARED = {
@@ -215,7 +216,7 @@ def slot_bits(folder: Path) -> dict[str, tuple[float, float]]:
 
 
 def curve(folder: Path) -> list[dict[str, float]]:
-    """At each validation: its step, and the eight figures in bits (of a report, of a code)."""
+    """At each validation: its step, the eight figures in bits (of a report, of a code), and a pair's bits a token."""
     slots, found = slot_bits(folder), []
     for row in rows_of(folder / "validation.jsonl"):
         point = {"step": float(row["step"])}
@@ -223,6 +224,10 @@ def curve(folder: Path) -> list[dict[str, float]]:
             _, domain, kind = cell.split("/")
             bits = row[f"{cell}/token"] / math.log(2)
             point[cell] = bits * slots[domain][0] + slots[domain][1] if kind == "text" else bits
+        for domain in DOMAINS:
+            bits = point[f"joint/{domain}/text"] + CODES * point[f"joint/{domain}/image"]
+            point[f"token/{domain}"] = bits / (slots[domain][0] + CODES)
+        point["token/both"] = float(np.mean([point[f"token/{domain}"] for domain in DOMAINS]))
         found.append(point)
     return found
 
@@ -355,9 +360,11 @@ def show(found: dict[str, Any]) -> str:
     title = {"report/text": "report|image", "image/image": "image|report", "joint/text": "pair: report"}
     title |= {"joint/image": "pair: code"}
     heads = [f"{d[:5]} {title[f'{t}/{k}']}" for t, d, k in (cell.split("/") for cell in CELLS)]
+    tokens = [f"token/{part}" for part in (*DOMAINS, "both")]
+    heads += [f"{part.split('/')[1][:5]} bits/token" for part in tokens]
     rows = [["", "kept", "gain, %", "steps", "s/step", *heads]]
     for name, one in found["recipes"].items():
-        cells = [spread([c[-1][cell] for c in one["curves"]], 2) for cell in CELLS]
+        cells = [spread([c[-1][cell] for c in one["curves"]], 2) for cell in [*CELLS, *tokens]]
         won = spread([100 * value for value in one["gain"]], 1) if one["gain"] else "-"
         kept = "yes" if one["kept"] else "no"
         rows.append([name, kept, won, str(one["steps"]), f"{np.mean(one['seconds_a_step']):.2f}", *cells])

@@ -25,7 +25,7 @@ from scipy.optimize import least_squares
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that `python benchmarks/scaling.py` runs too
 
-from benchmarks.recipe import CONFIG, SHARED, Job, curve, overrides, recipes, train
+from benchmarks.recipe import CODES, CONFIG, SHARED, Job, curve, overrides, recipes, train
 from benchmarks.report import finish, table
 from medim.cli import run
 from medim.config import load
@@ -35,7 +35,6 @@ from medim.model.flops import total
 from medim.recipe import TrainConfig, make_task
 from medim.training.memory import Sharing
 
-CODES = 144  # of an image of the demo's tokenizer
 NETWORKS = {"small": (64, 2, 176), "middle": (96, 4, 256), "large": (160, 6, 432)}  # width, layers, MLP
 FAR = {"1B on MIMIC-CXR": (1e9, 368_960), "7B on MIMIC-CXR": (7e9, 368_960)}  # weights, studies (each once)
 BATCH = int(SHARED["train.batch_size"])

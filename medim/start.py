@@ -48,8 +48,8 @@ class BackboneStart:
         adaln_dim: width of the time embedding.
         places: codes of an image that get a learnt place of their own; 0: none.
         num_layers: keep only the first so many decoder layers; 0 keeps all, as a backbone should.
-        rows: new rows of codes: drawn from the mean and covariance of the table (moments), or the codebook's vectors
-            projected into them (codebook). Rows of tags are always drawn.
+        rows: new rows of codes: drawn from the mean and covariance of the table (moments), or with them, but alike
+            where codes look alike (codebook). Rows of tags are always drawn.
         logits: where text is read: at its own position (plain), or one before it, as a decoder is trained (shifted).
         image_row: the backbone's own row of code 0, where its codes lie in order; -1: as the architecture says, which
             Chameleon and Liquid do.

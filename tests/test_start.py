@@ -24,7 +24,7 @@ from medim import MeDiM
 from medim.cli import main
 from medim.data.packaged import file_of
 from medim.errors import UserError
-from medim.model.backbone import drawn_rows, own_code_rows, projected_rows
+from medim.model.backbone import drawn_rows, kernel_rows, own_code_rows
 from medim.tokenization.joint import JointTokenizer
 
 TEXT = Path(__file__).parents[1] / "tokenizers" / "demo-bpe"
@@ -72,18 +72,26 @@ def test_drawn_rows_have_the_moments_of_the_table() -> None:
     torch.testing.assert_close(found.T.cov().float(), table.T.cov(), atol=0.3, rtol=0.05)
 
 
-def test_projected_rows_keep_codes_that_look_alike_together() -> None:
+def test_kernel_rows_are_alike_as_the_codes_are() -> None:
+    """Products of features are the Gaussian kernel of the codes' distances, centred; dimensions in which the codes
+    hardly differ do not matter; the table's moments are kept."""
     generator = torch.Generator().manual_seed(0)
+    spread = torch.tensor([3.0, 2.0, 1.0, 1e-3, 1e-3, 1e-3])
+    codebook = torch.randn(300, 6, generator=generator) * spread
+    found = kernel_rows(torch.randn(9000, 4000, generator=generator), codebook, generator)
+    apart = torch.cdist(codebook, codebook).double()
+    width = apart.kthvalue(9, dim=1).values.median()
+    centring = torch.eye(300).double() - 1 / 300
+    truth = centring @ torch.exp(-(apart**2) / (2 * width**2)) @ centring
+    alike = (found - found.mean(0)) @ (found - found.mean(0)).T / 4000
+    assert float((alike - truth).abs().max()) < 0.12 < float(truth.flatten()[1:].max())
+    assert float((alike - truth).square().mean().sqrt()) < 0.03
+
     table = torch.randn(2000, 64, generator=generator) * torch.linspace(0.1, 2, 64) + 3.0
-    codebook = torch.randn(300, 8, generator=generator) @ torch.randn(8, 8, generator=generator)
-    found = projected_rows(table, codebook, generator).float()
+    found = kernel_rows(table, codebook, generator).float()
     torch.testing.assert_close(found.mean(0), table.mean(0), atol=1e-4, rtol=0)
     assert float(found.T.cov().trace() / table.T.cov().trace()) == pytest.approx(1, abs=0.3)
-    white = (codebook - codebook.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(codebook.T.cov())).T
-    apart, between = torch.cdist(white, white).flatten(), torch.cdist(found, found).flatten()
-    assert float(torch.corrcoef(torch.stack([apart, between]))[0, 1]) > 0.8
-    drawn = drawn_rows(table, 300, generator).float()
-    assert abs(float(torch.corrcoef(torch.stack([apart, torch.cdist(drawn, drawn).flatten()]))[0, 1])) < 0.4
+    assert kernel_rows(table, torch.ones(5, 6), generator).isfinite().all()  # a tokenizer that was never trained
 
 
 def test_the_backbones_own_rows_are_put_in_order_only_where_they_are_one_block(llama: Path) -> None:

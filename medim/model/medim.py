@@ -31,8 +31,8 @@ from medim.model.backbone import (
     config_from_options,
     decoder_layers,
     grow_vocabulary,
+    kernel_rows,
     make_backbone,
-    projected_rows,
     window_of,
 )
 from medim.model.denoiser import BoundDenoiser
@@ -61,8 +61,8 @@ class ModelOptions:
         positions: what rotates keys and queries: the number of a position in its row, or one that the codes of all of a
             study's images at one place share (aligned). Aligned codes are told the tags of their image by a learnt
             vector, since nothing else tells them apart.
-        rows: rows of codes at the start: drawn as all others (moments), or the vectors of the image tokenizer's
-            codebook projected among them (codebook), so that codes that look alike start alike.
+        rows: rows of codes at the start: drawn as all others (moments), or features of the image tokenizer's codebook
+            (codebook), so that codes that look alike start alike: `medim.model.backbone.kernel_rows`.
         embed: width of the embeddings of images and reports by themselves (`MeDiMModel.embed`); 0: there are none.
         gates: whether how strongly the segments of a study attend to each other is learnt, for each pair of modalities
             and by how noisy the one attended to is (`CrossGates`).
@@ -317,7 +317,7 @@ class MeDiMModel(PreTrainedModel):
                 weight: Any = table.weight
                 start, stop = self.vocabulary.image
                 generator = torch.Generator().manual_seed(2 * seed + number)
-                weight[start:stop] = projected_rows(weight[:start], self.codebook, generator).to(weight)
+                weight[start:stop] = kernel_rows(weight[:start], self.codebook, generator).to(weight)
 
     def set_places(self, places: int) -> None:
         """A fresh table for images of so many codes, unless it has them already."""

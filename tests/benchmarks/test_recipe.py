@@ -59,3 +59,6 @@ def test_bits_of_a_report_hold_those_of_its_length(tmp_path: Path) -> None:
     assert point["report/xray/text"] == pytest.approx(10 / 2 + 2 - 0.75 * math.log2(3))
     assert point["joint/pathology/text"] == pytest.approx(4)
     assert point["image/xray/image"] == point["joint/pathology/image"] == pytest.approx(0.5)
+    assert point["token/pathology"] == pytest.approx(0.5)
+    assert point["token/xray"] == pytest.approx((point["joint/xray/text"] + 72) / 154)
+    assert point["token/both"] == pytest.approx((point["token/xray"] + 0.5) / 2)
