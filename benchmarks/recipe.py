@@ -191,12 +191,12 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def train(job: Job, steps: int, args: argparse.Namespace, out: Path | None = None) -> Path:
-    """Train one model, unless it is there."""
-    folder = (out or args.out) / job.folder(steps, args.studies)
+def train(job: Job, steps: int, args: argparse.Namespace, timing: bool = False) -> Path:
+    """Train one model, unless it is there; without validation if only its time is wanted."""
+    folder = args.out / ("timing" if timing else "") / job.folder(steps, args.studies)
     if not (folder / "final").exists():
         shutil.rmtree(folder, ignore_errors=True)
-        often = -(-steps // args.points)
+        often = 0 if timing else -(-steps // args.points)
         said = [f"train.steps={steps}", f"run_dir={folder}", f"train.checkpoint_every={steps}"]
         said += [f"log.every={max(1, steps // 8)}"]
         said += [f"validation.every={often}", f"validation.studies={args.validation}"]
@@ -312,7 +312,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     if args.equal == "seconds":
         price = {}
         for name, (recipe, _) in known.items():  # one at a time, on one core
-            timed = train(Job(name, recipe, 0), 16, args, args.out / "timing")
+            timed = train(Job(name, recipe, 0), 64, args, timing=True)
             price[name] = seconds_a_step(timed, int(SHARED["train.batch_size"]))
     steps = {name: max(args.points, round(args.steps * price["paper"] / price[name])) for name in known}
     jobs = [Job(name, recipe, seed) for seed in range(args.seeds) for name, (recipe, _) in known.items()]

@@ -48,7 +48,7 @@ def settings(name: str) -> dict[str, str]:
     shape = {"hidden_size": width, "num_hidden_layers": layers, "intermediate_size": inner}
     known, _ = recipes()["ours"]
     shaped = {f"model.backbone.{key}": str(value) for key, value in shape.items()}
-    return known | shaped | {"model.rows": "codebook"}  # the recipe had it when docs/scaling.md was measured
+    return known | shaped | {"model.rows": "codebook"}  # as docs/scaling.md was, by another map
 
 
 def sizes(name: str) -> tuple[int, float]:
