@@ -29,9 +29,9 @@ class OptimizerOptions:
         muon_lr: of Muon's matrices, at its highest; an update has the root mean square of 0.2 times it, about that of
             AdamW's (Liu et al. 2025, arXiv 2502.16982, section 2.2).
         optimizer: `adamw` is torch's fused one; `muon` steps the matrices of the decoder's layers by their
-            orthogonalised momentum, all else by AdamW (not with ZeRO or FSDP);
-            `adamw_8bit` keeps its moments in 8 bits (bitsandbytes; not with ZeRO or FSDP); `adamw_deepspeed` is
-            DeepSpeed's fused one, for GPUs or for an optimizer that is offloaded.
+            orthogonalised momentum, all else by AdamW (not with ZeRO or FSDP); `adamw_8bit` keeps its moments in 8 bits
+            (bitsandbytes; not with ZeRO or FSDP); `adamw_deepspeed` is DeepSpeed's fused one, for GPUs or for an
+            optimizer that is offloaded.
     """
 
     lr: Annotated[float, Field(gt=0)] = 1e-3
