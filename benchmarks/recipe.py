@@ -11,7 +11,7 @@ studies with a fixed draw of noise, by domain, as bounds (MDLM eq. 10): bits a r
 given the report, and both for pairs under one noise level; a report's bits hold those of its slot's length. `gain` is
 1 minus the geometric mean, over these eight, of a rung to the one below it: above 0 is better. `ours, a third` has a
 third of the paper's cost. With --samples, coherence of the paper's recipe and of ours is that of `eval/demo.yaml`,
-each by its plan (`configs/sample/paper.yaml`, `configs/sample/together.yaml`). What was trained is kept: the same
+each by its plan (`configs/sample/paper.yaml`, `configs/sample/report_first.yaml`). What was trained is kept: the same
 command goes on where it was. OUT/recipe.png has gains, and bits against compute. Prints a table (mean over seeds, half
 the range), then one JSON object as its last line.
 """
@@ -244,7 +244,7 @@ def gain(mine: dict[str, float], other: dict[str, float]) -> float:
 
 def coherence(folder: Path, sampling: str, args: argparse.Namespace) -> dict[str, float]:
     """Micro-F1 and floor by domain and task; forward passes are in the plan."""
-    out = folder / "eval"
+    out = folder / f"eval-{Path(sampling).stem}"
     said = [f"sampling={sampling}", "likelihood.studies=0", "rank.studies=0", "memorisation.studies=0", "text=[]"]
     said += ["image=[]", f"studies={args.samples}"]
     python(
@@ -330,7 +330,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         )
         folders |= {("ours", seed): folders[top, seed] for seed in range(args.seeds)}
         sampled = [(name, seed) for name in ("paper", "ours") for seed in range(args.seeds)] if args.samples else []
-        plans = {"paper": "configs/sample/paper.yaml", "ours": "configs/sample/together.yaml"}
+        plans = {"paper": "configs/sample/paper.yaml", "ours": "configs/sample/report_first.yaml"}
         f1 = dict(
             zip(sampled, pool.map(lambda one: coherence(folders[one], plans[one[0]], args), sampled), strict=True)
         )
