@@ -22,7 +22,9 @@ def aligned(make_runs: Any) -> Any:
     return runs
 
 
-@pytest.mark.parametrize("engine", ["cpu", "zero2", pytest.param("zero3", marks=pytest.mark.slow), "fsdp2"])
+@pytest.mark.parametrize(
+    "engine", ["cpu", "fsdp2", *(pytest.param(e, marks=pytest.mark.slow) for e in ("zero2", "zero3"))]
+)
 def test_pairs_of_all_processes_are_candidates(engine: str, aligned: Any) -> None:
     aligned.run(engine, engine, 2)
     assert aligned.losses(engine) == pytest.approx(aligned.losses("one"), abs=2e-5)

@@ -40,6 +40,7 @@ def test_the_export_is_a_plain_model_folder(engine: str, runs: Any) -> None:
     assert model.sample(task="report", image=model.sample(task="pair", domain="xray", n=1)[0].image)[0].report
 
 
+@pytest.mark.slow  # each goes on from that of another below
 def test_it_goes_on_from_its_checkpoint(engine: str, runs: Any) -> None:
     runs.fork(engine, f"{engine}-again", 10)
     assert "resuming after step 10" in runs.run(f"{engine}-again", engine, 2)
@@ -72,7 +73,8 @@ def test_one_way_goes_on_from_the_checkpoint_of_another(
     runs.compare(name, "one", CLOSE)
 
 
-@pytest.mark.parametrize("engine", [pytest.param(e, marks=() if e == "zero3" else pytest.mark.slow) for e in ENGINES])
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
 def test_four_processes_and_a_checkpoint_for_two(engine: str, runs: Any) -> None:
     name = f"{engine}-four"
     runs.run(name, engine, 4)
@@ -88,7 +90,8 @@ def test_two_processes_in_two_parts(engine: str, runs: Any) -> None:
     runs.compare(f"{engine}-parts", "one", CLOSE)
 
 
-@pytest.mark.parametrize("engine", [pytest.param(e, marks=() if e == "zero3" else pytest.mark.slow) for e in ENGINES])
+@pytest.mark.slow  # where bf16 is emulated, very
+@pytest.mark.parametrize("engine", ENGINES)
 def test_in_bf16_it_is_near_and_goes_on_bit_for_bit(engine: str, runs: Any) -> None:
     """Weights are bf16 in the network and float32 in the checkpoint."""
     name = f"{engine}-bf16"

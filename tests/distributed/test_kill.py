@@ -65,7 +65,7 @@ def harness(runs: Any, name: str, engine: str, processes: int, kills: int) -> No
     runs.run(name, engine, processes)
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
 def test_one_process_bit_for_bit(kills: int, make_runs: Callable[..., Any]) -> None:
     runs = make_runs(train__steps=24, train__batch_size=2, train__checkpoint_every=2)
     runs.run("whole")
@@ -86,8 +86,15 @@ def test_two_processes(engine: str, kills: int, make_runs: Callable[..., Any]) -
     runs.compare("killed", "whole", 1e-6)
 
 
-@pytest.mark.parametrize("engine", ["", "zero2"])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=["SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize(
+    ("engine", "number"),
+    [
+        ("", signal.SIGTERM),
+        ("zero2", signal.SIGUSR1),
+        pytest.param("", signal.SIGUSR1, marks=pytest.mark.slow),
+        pytest.param("zero2", signal.SIGTERM, marks=pytest.mark.slow),
+    ],
+)
 def test_asked_to_stop_it_saves_and_exits_with_0(
     engine: str, number: signal.Signals, make_runs: Callable[..., Any]
 ) -> None:
