@@ -216,7 +216,7 @@ def slot_bits(folder: Path) -> dict[str, tuple[float, float]]:
 
 
 def curve(folder: Path) -> list[dict[str, float]]:
-    """At each validation: its step, the eight figures in bits (of a report, of a code), and a pair's bits a token."""
+    """At each validation: its step, the eight figures in bits (of a report, of a code), a pair's and those a token."""
     slots, found = slot_bits(folder), []
     for row in rows_of(folder / "validation.jsonl"):
         point = {"step": float(row["step"])}
@@ -225,8 +225,8 @@ def curve(folder: Path) -> list[dict[str, float]]:
             bits = row[f"{cell}/token"] / math.log(2)
             point[cell] = bits * slots[domain][0] + slots[domain][1] if kind == "text" else bits
         for domain in DOMAINS:
-            bits = point[f"joint/{domain}/text"] + CODES * point[f"joint/{domain}/image"]
-            point[f"token/{domain}"] = bits / (slots[domain][0] + CODES)
+            point[f"pair/{domain}"] = point[f"joint/{domain}/text"] + CODES * point[f"joint/{domain}/image"]
+            point[f"token/{domain}"] = point[f"pair/{domain}"] / (slots[domain][0] + CODES)
         point["token/both"] = float(np.mean([point[f"token/{domain}"] for domain in DOMAINS]))
         found.append(point)
     return found

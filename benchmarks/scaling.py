@@ -25,7 +25,7 @@ from scipy.optimize import least_squares
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that `python benchmarks/scaling.py` runs too
 
-from benchmarks.recipe import CODES, CONFIG, SHARED, Job, curve, overrides, recipes, train
+from benchmarks.recipe import CONFIG, SHARED, Job, curve, overrides, recipes, train
 from benchmarks.report import finish, table
 from medim.cli import run
 from medim.config import load
@@ -91,11 +91,6 @@ def fit(points: Sequence[Point]) -> np.ndarray:
     return best.x
 
 
-def bits_of(point: dict[str, float]) -> float:
-    """Of a whole X-ray pair."""
-    return point["joint/xray/text"] + CODES * point["joint/xray/image"]
-
-
 def draw(curves: dict[str, list[tuple[float, float]]], path: Path) -> None:
     """Bits against compute, on log axes: a hue a network, a line style a size of the data."""
     try:
@@ -135,7 +130,7 @@ def measure(args: argparse.Namespace, studies: Sequence[int]) -> dict[str, Any]:
     with ThreadPoolExecutor(args.jobs) as pool:
         folders = dict(zip(runs, pool.map(lambda run: one(*run), runs), strict=True))
     known = {name: sizes(name) for name in NETWORKS}
-    curves = {run: [(point["step"], bits_of(point)) for point in curve(folders[run])] for run in runs}
+    curves = {run: [(point["step"], point["pair/xray"]) for point in curve(folders[run])] for run in runs}
     points = [
         (float(known[name][0]), step * BATCH, bits) for name in NETWORKS for step, bits in curves[name, studies[-1]]
     ]
