@@ -144,6 +144,15 @@ def test_a_model_with_other_tokenizers_is_refused(
     one_line(capsys, "mixed")
 
 
+def test_a_file_where_a_folder_is_to_be_made_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "taken"
+    path.write_text("mine")
+    assert cli.run(lambda argv: path.mkdir(exist_ok=True), []) == 2
+    assert capsys.readouterr().err == f"error: {path}: File exists\n" and path.read_text() == "mine"
+    assert cli.run(lambda argv: open(tmp_path / "none").close(), []) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path / 'none'}: No such file or directory\n"
+
+
 def test_a_config_typo_says_what_was_meant(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = ROOT / "configs" / "train" / "demo.yaml"
     argv = [str(config), f"run_dir={tmp_path / 'r'}", "train.stepz=4", "objective.weighting=soft"]

@@ -56,8 +56,9 @@ def run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | No
     except ImportError as error:  # an optional package: its message says what to install
         print(f"{label} {error}; see README.md on how to install", file=sys.stderr)
         return 2
-    except OSError as error:  # a full disk, a folder that cannot be written
-        print(f"{label} {error}", file=sys.stderr)
+    except OSError as error:  # a full disk, a folder that cannot be written, a file where one is to be made
+        known = error.filename is not None and error.strerror
+        print(f"{label} {f'{error.filename}: {error.strerror}' if known else error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
